@@ -1,0 +1,1 @@
+scripts/interactive_1node_2gpus.sh

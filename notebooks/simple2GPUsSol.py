@@ -1,0 +1,124 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # MNIST on two GPUs, with MirroredStrategy
+#
+# A small convolutional network, trained the same way in three notebooks that differ in this title and in the section
+# "Strategy", nowhere else. The same file runs at every scale:
+#
+#     ipython simple2GPUsSol.py                            # in notebooks/: a laptop, or a shell in an allocation
+#     hpcml run jobs/mnist_mirrored.toml       # a laptop, or inside an allocation
+#     sbatch jobs/mnist_mirrored.sbatch        # queued: one node, two GPUs
+#     hpcml compare jobs/mnist_original.toml jobs/mnist_mirrored.toml jobs/mnist_multiworker.toml
+
+# %% tags=["parameters"]
+data = "mnist"  # 5,000 real digits, offline; or a path to an .npz with x_train, y_train, x_test, y_test
+global_batch = 128  # images a step, over all replicas together: more GPUs must not change what is learned
+epochs = 5  # passes over the training images
+lr = 1e-3  # AdamW's learning rate; belongs to the global batch, so it stays as the number of GPUs changes
+seed = 123  # of split, weights and order: the runs start equal and see equal batches
+
+# %% [markdown]
+# ## Strategy
+#
+# One process drives all GPUs of one node. Each holds a copy of the model (a replica), takes its part of every global
+# batch, and the gradients are summed before each step.
+# `begin` comes first because threads, devices and the Keras flavour can't be changed once TensorFlow is imported.
+
+# %%
+import hpcml
+
+run = hpcml.begin(strategy="mirrored")
+
+import tensorflow as tf
+
+strategy = tf.distribute.MirroredStrategy()  # all devices of this process
+print(f"replicas in sync: {strategy.num_replicas_in_sync}")
+
+# %% [markdown]
+# ## Data
+#
+# Every run sees the same batches in the same order. Each process builds the whole pipeline; TensorFlow then cuts every
+# global batch into equal parts, one for each replica.
+
+# %%
+(x_train, y_train), (x_test, y_test) = hpcml.data.load(data, seed)  # x (n, 28, 28, 1) in 0…1, y (n,)
+
+# Several processes: each takes its part of every batch. Left to itself (AUTO) TensorFlow would hand out whole files.
+options = tf.data.Options()
+options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+
+# The seed makes the order the same in every process; with different orders the parts of a batch would overlap.
+# A remainder would be a smaller batch, with other gradients and one more graph to compile.
+train = tf.data.Dataset.from_tensor_slices((x_train, y_train)).shuffle(len(x_train), seed=seed)
+train = train.batch(global_batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
+test = tf.data.Dataset.from_tensor_slices((x_test, y_test)).batch(global_batch).with_options(options)
+
+assert len(train) > 0, f"global_batch = {global_batch} is more than the {len(x_train)} training images"
+print(f"{len(train)} steps an epoch, data {hpcml.data.fingerprint([x_train, y_train, x_test, y_test])}")
+
+# %% [markdown]
+# ## Model
+#
+# The same seed gives the same weights, so every run starts from the same point: the weights' fingerprint is the same
+# in the three notebooks. What is built in the strategy's scope is copied to each replica.
+
+# %%
+tf.keras.utils.set_random_seed(seed)
+with strategy.scope():
+    model = tf.keras.Sequential(
+        [
+            tf.keras.Input(x_train.shape[1:]),  # 28, 28, 1
+            tf.keras.layers.Conv2D(32, 5),  # 24, 24, 32
+            tf.keras.layers.MaxPooling2D(),  # 12, 12, 32
+            tf.keras.layers.LeakyReLU(),  # after pooling: the same values as before it, for a quarter of the work
+            tf.keras.layers.Conv2D(4, 5),  # 8, 8, 4
+            tf.keras.layers.Flatten(),  # 256
+            tf.keras.layers.LeakyReLU(),
+            tf.keras.layers.Dense(10, dtype="float32"),  # logits; float32 also where the rest is in mixed precision
+        ]
+    )
+    model.compile(
+        optimizer=tf.keras.optimizers.AdamW(lr),
+        loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+
+print(f"{model.count_params():,} weights, {hpcml.data.fingerprint(model.get_weights())}")
+
+# %% [markdown]
+# ## Training
+#
+# `run.callbacks` stops here, before the first step, if fewer replicas train than there are GPUs for; it records loss,
+# accuracy and speed of each epoch, and adds nothing to a step.
+
+# %%
+history = model.fit(
+    train, validation_data=test, epochs=epochs, verbose=2, callbacks=run.callbacks(global_batch=global_batch)
+).history
+
+assert history["loss"][-1] <= history["loss"][0], "the loss has not gone down"
+
+# %% [markdown]
+# ## Result
+#
+# Strategies differ in speed, not in accuracy. The first epoch builds the graph, so it doesn't count for speed.
+
+# %%
+result = model.evaluate(test, verbose=0, return_dict=True)
+speeds = sorted(history["samples_per_s"][1:] or history["samples_per_s"])
+
+assert abs(result["accuracy"] - history["val_accuracy"][-1]) < 0.005, "evaluated on other images than in training"
+print(
+    f"accuracy {result['accuracy']:.3f}, {speeds[len(speeds) // 2]:,.0f} images/s, "
+    f"{strategy.num_replicas_in_sync} replicas"
+)
+run.finish()

@@ -1,0 +1,7 @@
+"""``python -m hpcml.cli`` is ``hpcml``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

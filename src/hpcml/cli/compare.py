@@ -1,0 +1,78 @@
+"""The compare command."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import queue, rundir
+from ..errors import DONE, INTERRUPTED, JOB_FAILED
+from ..launch.prepare import prepare
+from . import jobs, show
+from .root import json_option, site_option
+
+
+@click.command("compare")
+@click.argument("job_files", metavar="JOB...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@jobs.params_option
+@jobs.set_option
+@site_option
+@json_option
+def compare_command(
+    job_files: tuple[Path, ...], params: tuple[Any, ...], settings: tuple[Any, ...], site: str | None, as_json: bool
+) -> int:
+    """Run jobs that differ only in strategy, one after the other, and compare them fairly.
+
+    On this machine or inside an allocation they run here; on a cluster as one queued job of the largest request.
+    """
+    from .. import compare
+
+    in_queue = None if os.environ.get("SLURM_JOB_ID") else site
+    prepared = [prepare(path, in_queue or site, dict(params), dict(settings)) for path in job_files]
+    first = prepared[0]
+    plans = [ready.plan for ready in prepared]
+    parent = compare.parent_of(plans)
+    if first.site.scheduler == "slurm" and not os.environ.get("SLURM_JOB_ID"):
+        run, job_id = compare.submit(parent, plans, first.site)
+        jobs.announce(first, f"comparison {run.id}, job {job_id}", to_stderr=as_json)
+        try:
+            show.wait(run)
+        except KeyboardInterrupt:
+            click.echo(f"\nhpcml: no longer waiting; the job goes on. To cancel it: hpcml cancel {run.id}", err=True)
+            return INTERRUPTED
+    else:
+        run = compare.start_here(parent, plans, first.site)
+        jobs.announce(first, f"comparison {run.id}", to_stderr=as_json)
+        with jobs.quiet_stdout(as_json):
+            compare.run_here(run, plans, lambda text: click.secho(text, bold=True))
+    return _report(run, as_json)
+
+
+def _report(run: rundir.RunDir, as_json: bool) -> int:
+    from rich.console import Console
+
+    from .. import compare
+    from ..report import comparison, plot
+
+    children = compare.children(run)
+    measured = comparison.compare(children)
+    rundir.write_json(run.comparison, comparison.to_json(measured))
+    with jobs.quiet_stdout(as_json):
+        plot.plot(measured, run.plot)
+        delivered = show.deliver(run)
+        for child in children:
+            show.deliver(child)
+        click.echo()
+        Console().print(comparison.table(measured))
+        for note in measured.notes:
+            click.echo(f"  {note}")
+        click.echo(f"\n  plot      {run.plot}\n  files     {run.path}")
+        if delivered:
+            click.echo(f"  mlflow    {delivered}")
+    if as_json:
+        show.echo_json(comparison.to_json(measured))
+    states = [queue.state_of(child).name for child in children]
+    if "CANCELLED" in states and not rundir.slurm_job_id(run):
+        return INTERRUPTED
+    return DONE if all(name == "COMPLETED" for name in states) else JOB_FAILED

@@ -1,0 +1,102 @@
+"""The top command: finds subcommands by name and imports only the one that is asked for; errors become exit codes."""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import INTERRUPTED, JOB_FAILED, HpcmlError, nearest
+
+# name → module below cli, in the order that --help shows.
+COMMANDS = {
+    "init": "jobs",
+    "check": "jobs",
+    "render": "jobs",
+    "run": "jobs",
+    "submit": "jobs",
+    "compare": "compare",
+    "status": "runs",
+    "logs": "runs",
+    "cancel": "runs",
+    "sync": "runs",
+    "runs": "runs",
+    "site": "places",
+    "doctor": "places",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"hpcml.cli.{COMMANDS[cmd_name]}")
+        command = getattr(module, f"{cmd_name}_command")
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise HpcmlError(
+                f"no command {args[0]!r}", allowed=", ".join(COMMANDS), fix=nearest(args[0], COMMANDS) or "hpcml --help"
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="hpcml %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error in hpcml itself.")
+def cli(debug: bool) -> None:
+    """Slurm jobs and notebooks on GPU clusters: one job file for laptop and cluster, nothing lost.
+
+    \b
+    hpcml run jobs/mnist_mirrored.toml       here and now
+    hpcml submit jobs/mnist_mirrored.toml    in the queue
+    hpcml compare jobs/mnist_*.toml          fairly, one after the other
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code; no traceback of hpcml's own reaches a person without ``--debug``."""
+    try:
+        result = cli.main(list(arguments), prog_name="hpcml", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except HpcmlError as error:
+        click.echo(f"hpcml: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("hpcml: interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        else:
+            click.echo(
+                f"hpcml: internal error: {type(error).__name__}: {error}\n  fix: run it again as `hpcml --debug …` and report what it prints",
+                err=True,
+            )
+        return JOB_FAILED
+
+
+def site_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--site``."""
+    return click.option("--site", metavar="NAME", help="Where: a site's name or its .toml (hpcml site list).")(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)

@@ -1,0 +1,114 @@
+"""How runs are shown in a terminal; shared by the commands."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import queue, rundir
+from .. import site as sites
+from ..errors import DONE, JOB_FAILED, HpcmlError
+from ..job import clock
+from ..rundir import RunDir
+from ..tracking import journal
+
+COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "UNKNOWN": "magenta"}
+
+
+def echo_json(value: Mapping[str, Any] | list[Any]) -> None:
+    """Print JSON for another program."""
+    click.echo(json.dumps(value, indent=1, default=str))
+
+
+def state_word(name: str) -> str:
+    """Return a state in its colour; click drops the colour where the output is no terminal."""
+    return click.style(name, fg=COLOURS.get(name, "red"))
+
+
+def root_of(site_name: str | None) -> Path:
+    """Return the runs folder that applies here."""
+    from ..slurm import commands
+
+    where, _ = sites.choose(site_name, None if site_name else commands.cluster_name())
+    from ..job import project_of
+
+    return rundir.runs_root(where, project_of(Path.cwd() / "job.toml"))
+
+
+def wait(run: RunDir) -> queue.State:
+    """Wait for a run with a live line on a terminal, else a line for each change."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        with console.status("asking Slurm …") as live:
+            return queue.wait(run, lambda state: live.update(_progress_line(state)))
+    return queue.wait(run, lambda state: click.echo(f"hpcml: {_progress_line(state)}", err=True))
+
+
+def finish(run: RunDir, state: queue.State) -> int:
+    """Deliver an ended run, print its summary, and return the exit code."""
+    delivered = deliver(run)
+    click.echo(summary(run, state))
+    if delivered:
+        click.echo(f"  mlflow    {delivered}")
+    if state.name == "COMPLETED":
+        return DONE
+    for path in [p for p in queue.log_paths(run) if p.stat().st_size][:1]:
+        tail = path.read_text(errors="replace").splitlines()[-15:]
+        click.echo(f"last lines of {path}:\n" + "\n".join(f"  | {line}" for line in tail), err=True)
+    return JOB_FAILED
+
+
+def deliver(run: RunDir) -> str:
+    """Send a run to MLflow and return where it is; what can't be sent stays for ``hpcml sync`` and is said."""
+    try:
+        from ..tracking import mlflow
+
+        plan = rundir.read_json(run.plan)
+        done = mlflow.deliver(run, mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"])))
+        return f"{done.experiment} at {done.uri}"
+    except HpcmlError as error:
+        click.echo(f"hpcml: not delivered to MLflow; nothing is lost: hpcml sync {run.id}\n  {error}", err=True)
+        return ""
+
+
+def summary(run: RunDir, state: queue.State) -> str:
+    """Return what a person wants to know of a run, in a few lines."""
+    took = f" in {clock(state.ended - state.started)}" if state.started and state.ended else ""
+    lines = [f"{state_word(state.name)} {run.id}{took}"]
+    if state.reason:
+        lines.append(f"  reason    {state.reason}")
+    if state.progress and not state.is_final:
+        lines.append(f"  progress  {state.progress}")
+    if state.slurm_job_id:
+        lines.append(f"  slurm     job {state.slurm_job_id} (told by {state.source})")
+    if state.replicas_in_sync:
+        lines.append(f"  replicas  {state.replicas_in_sync} in sync")
+    metrics = _last_metrics(run)
+    if metrics:
+        lines.append("  metrics   " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    lines.append(f"  files     {run.path}")
+    if run.notebook(0).exists():
+        lines.append(f"  notebook  {run.notebook(0)}")
+    return "\n".join(lines)
+
+
+def _last_metrics(run: RunDir) -> dict[str, float]:
+    wanted = ("accuracy", "val_accuracy", "loss", "val_loss", "samples_per_s")
+    newest: dict[str, float] = {}
+    for record in journal.read(run.events):
+        if record["kind"] == "metric" and record["rank"] == 0:
+            newest |= record["values"]
+    return {name: newest[name] for name in wanted if name in newest}
+
+
+def _progress_line(state: queue.State) -> str:
+    since = f" {clock(time.time() - state.submitted)}" if state.submitted and not state.is_final else ""
+    parts = [f"{state.name}{since}", state.reason if not state.is_final else "", state.progress]
+    job = f"job {state.slurm_job_id}: " if state.slurm_job_id else ""
+    return job + " · ".join(part for part in parts if part)

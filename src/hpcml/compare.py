@@ -1,0 +1,89 @@
+"""A fair comparison: the same work by several strategies, one after the other, each with a run directory of its own."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import rundir
+from .errors import HpcmlError
+from .launch import local
+from .launch import slurm as launch_slurm
+from .node import batch
+from .plan import Plan, unfair
+from .rundir import RunDir
+from .site import Site
+
+
+def parent_of(plans: Sequence[Plan]) -> Plan:
+    """Return the plan of the whole comparison: the largest request in each respect, the sum of the time limits.
+
+    Raises:
+        HpcmlError: fewer than two plans, two of one name, or plans that differ in what must be the same.
+    """
+    names = [plan.name for plan in plans]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if len(plans) < 2 or twice:
+        what = f"{', '.join(twice)} is given twice" if twice else "one job alone can't be compared"
+        raise HpcmlError(what, origin="compare", allowed="two jobs or more, each of its own name")
+    problems = unfair({plan.name: plan for plan in plans})
+    if problems:
+        raise HpcmlError(problems)
+    first = plans[0]
+    tasks = max(plan.tasks_per_node for plan in plans)
+    cores = max(plan.tasks_per_node * plan.cpus_per_task for plan in plans)
+    memory = [plan.mem_gb for plan in plans if plan.mem_gb]
+    largest = max(plans, key=lambda plan: plan.gpus_per_node)
+    name = f"compare-{first.experiment}"[:64]
+    return dataclasses.replace(
+        first,
+        name=name,
+        work="comparison",
+        target=tuple(names),
+        job_file=None,
+        strategy=None,
+        nodes=max(plan.nodes for plan in plans),
+        gpus_per_node=largest.gpus_per_node,
+        gres=largest.gres,
+        tasks_per_node=tasks,
+        cpus_per_task=-(-cores // tasks),
+        mem_gb=max(memory, default=None),
+        time_s=sum(plan.time_s for plan in plans),
+    )
+
+
+def start_here(parent: Plan, plans: Sequence[Plan], site: Site) -> RunDir:
+    """Make the run directories of a comparison that runs here."""
+    root = rundir.runs_root(site, Path(parent.project))
+    run = rundir.create(root, parent.name)
+    rundir.write_json(run.plan, parent.to_json())
+    rundir.claim(run)
+    for plan in plans:
+        batch.prepare(run.child(plan.name).make(), plan)
+    return run
+
+
+def run_here(run: RunDir, plans: Sequence[Plan], tell: Callable[[str], None]) -> None:
+    """Run the variants one after the other, in the order given; one that fails does not keep the others from running.
+
+    An interrupted variant ends the comparison.
+    """
+    worst = 0
+    for number, plan in enumerate(plans, 1):
+        tell(f"[{number}/{len(plans)}] {plan.name}")
+        marker = local.run(plan, run.child(plan.name))
+        code = int(str(marker["exit_code"]))
+        worst = worst or code
+        if marker["state"] == "CANCELLED":
+            break
+    marker = batch.close_run(run, worst) | {"final": True}
+    rundir.write_json(run.status, marker)
+
+
+def submit(parent: Plan, plans: Sequence[Plan], site: Site) -> tuple[RunDir, int]:
+    """Queue a comparison as one Slurm job."""
+    return launch_slurm.submit_comparison(parent, plans, site)
+
+
+def children(run: RunDir) -> list[RunDir]:
+    """Return the variants of a comparison, in its order."""
+    return [run.child(name) for name in rundir.read_json(run.plan).get("target", ())]

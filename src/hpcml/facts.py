@@ -1,0 +1,140 @@
+"""What must be looked up before a job can be resolved: the machine, the queue, the work's declared parameters."""
+
+import ast
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import HpcmlError
+from .job import Job, Scalar
+from .site import Site
+from .slurm import commands
+from .slurm.text import Partition
+
+_CELL = re.compile(r"^# %%(.*)$", re.MULTILINE)
+_PARAMETERS_TAG = re.compile(r"""tags\s*=\s*\[[^\]]*["']parameters["']""")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The parameters that a notebook or percent script declares in its cell tagged ``parameters``.
+
+    Attributes:
+        defaults: each name with its default where that is a literal, else None.
+    """
+
+    defaults: Mapping[str, Scalar | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts that a plan depends on; the default knows nothing and so refuses nothing.
+
+    Attributes:
+        target_exists: whether the notebook or script is there; None when not looked.
+        declared: None for work that takes ``--key value``.
+        partitions: as sinfo tells them.
+        cores, mem_gb, gpus: of this machine; only a local run looks.
+    """
+
+    target_exists: bool | None = None
+    declared: Declared | None = None
+    partitions: tuple[Partition, ...] = ()
+    cores: int | None = None
+    mem_gb: int | None = None
+    gpus: int | None = None
+
+
+def gather(job: Job, site: Site, *, ask_queue: bool = True) -> Facts:
+    """Look up the facts that a job at a site depends on.
+
+    Args:
+        ask_queue: whether to ask sinfo; a bare render and a node of the allocation don't.
+    """
+    target = job.project / job.target[0] if job.work != "command" and job.target else None
+    exists = target.is_file() if target else None
+    partitions = tuple(commands.partitions()) if ask_queue and site.scheduler == "slurm" else ()
+    local = site.scheduler == "local"
+    return Facts(
+        target_exists=exists,
+        declared=declared_parameters(target) if target and exists else None,
+        partitions=partitions,
+        cores=len(os.sched_getaffinity(0)) if local else None,
+        mem_gb=_memory_gb() if local else None,
+        gpus=count_gpus() if local else None,
+    )
+
+
+def count_gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use: ``CUDA_VISIBLE_DEVICES`` where it is set, else the device files."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdecimal()]
+    if visible is not None:
+        return min(len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"]), len(devices))
+    return len(devices)
+
+
+def declared_parameters(path: Path) -> Declared | None:
+    """Return the parameters that a notebook or percent script declares; None for a plain script.
+
+    Raises:
+        HpcmlError: the notebook isn't one, or its parameters cell isn't Python.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".ipynb":
+        cell = _notebook_cell(path, text)
+    elif _CELL.search(text):
+        cell = _percent_cell(text)
+    else:
+        return None
+    return Declared(_assignments(path, cell))
+
+
+def _notebook_cell(path: Path, text: str) -> str:
+    try:
+        cells = json.loads(text)["cells"]
+        tagged = (c for c in cells if "parameters" in c.get("metadata", {}).get("tags", []))
+        return next(("".join(c["source"]) for c in tagged), "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise HpcmlError(
+            f"{path} is not a notebook", fix="open and save it in JupyterLab, or point to another"
+        ) from None
+
+
+def _percent_cell(text: str) -> str:
+    marks = list(_CELL.finditer(text))
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        if _PARAMETERS_TAG.search(mark[1]):
+            return text[mark.end() : following.start() if following else len(text)]
+    return ""
+
+
+def _assignments(path: Path, cell: str) -> dict[str, Scalar | None]:
+    try:
+        body = ast.parse(cell).body
+    except SyntaxError as error:
+        raise HpcmlError(f"the parameters cell of {path} is not Python: {error.msg}, line {error.lineno}") from None
+    found: dict[str, Scalar | None] = {}
+    for node in body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            if isinstance(target, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign):
+                found[target.id] = _literal(node.value)
+    return found
+
+
+def _literal(node: ast.expr | None) -> Scalar | None:
+    try:
+        value = ast.literal_eval(node) if node is not None else None
+    except ValueError:
+        return None
+    return value if isinstance(value, str | int | float | bool) else None
+
+
+def _memory_gb() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30

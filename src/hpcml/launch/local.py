@@ -1,0 +1,123 @@
+"""Run a plan here and now: the same workers as child processes, or as a step of the allocation that we are in."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from .. import rundir
+from ..node import batch, topology
+from ..plan import Plan
+from ..rundir import RunDir
+from ..slurm import commands
+
+# After TERM the ranks have this long before KILL: a little more than a worker gives its child.
+GRACE_S = 25
+_POLL_S = 0.1
+
+
+def run(plan: Plan, run_dir: RunDir) -> dict[str, object]:
+    """Run all ranks of a plan in a prepared run directory and return the end marker.
+
+    A rank that fails ends the others; the time limit ends them all (state TIMEOUT); Ctrl-C too (CANCELLED).
+    """
+    rundir.claim(run_dir)
+    workers = _start(plan, run_dir)
+    ended = _Ended()
+    with ended.watching():
+        deadline = time.monotonic() + plan.time_s if plan.time_s else float("inf")
+        while any(worker.poll() is None for worker in workers) and not ended.cause:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                next(w for w in workers if w.poll() is None).wait(_POLL_S)
+            if any(worker.poll() for worker in workers):
+                break
+            if time.monotonic() > deadline:
+                ended.cause = "TIMEOUT"
+        _end(workers, ended.cause)
+    codes = [worker.returncode for worker in workers]
+    worst = next((code if code > 0 else 128 - code for code in codes if code), 0)
+    marker = batch.close_run(run_dir, worst)
+    if ended.cause:
+        reason = {"TIMEOUT": f"past the time limit of {plan.time_s} s", "CANCELLED": "interrupted"}[ended.cause]
+        marker |= {"state": ended.cause, "reason": reason}
+    marker |= {"final": True}
+    rundir.write_json(run_dir.status, marker)
+    return marker
+
+
+class _Ended:
+    """Why the workers are being ended from outside; set by signals and the time limit."""
+
+    def __init__(self) -> None:
+        self.cause = ""
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Let INT and TERM end the workers instead of this process."""
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            self.cause = "CANCELLED"
+
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+
+def _start(plan: Plan, run_dir: RunDir) -> list[subprocess.Popen[bytes]]:
+    own = {"HPCML_RUN": run_dir.id, "HPCML_RUNS": str(run_dir.root), "HPCML_PROJECT": plan.project}
+    python = _python(plan)
+    inside = bool(os.environ.get("SLURM_JOB_ID"))
+    if inside and plan.nodes > 1:
+        words = ["srun", "--overlap", f"--nodes={plan.nodes}", f"--ntasks={plan.tasks}"]
+        words += [f"--ntasks-per-node={plan.tasks_per_node}", f"--cpus-per-task={plan.cpus_per_task}"]
+        environment = {**commands.clean_environment(), **_job_variables(), **own}
+        return [_popen([*words, "--kill-on-bad-exit=1", python, "-m", "hpcml.node.worker"], environment)]
+    environment = {**os.environ, **own, "HPCML_CPUS_PER_TASK": str(plan.cpus_per_task)}
+    environment.setdefault("HPCML_PORT", str(topology.free_first_port(plan.tasks)))
+    ranks = ({"HPCML_RANK": str(rank), "HPCML_WORLD_SIZE": str(plan.tasks)} for rank in range(plan.tasks))
+    return [_popen([python, "-m", "hpcml.node.worker"], {**environment, **rank}) for rank in ranks]
+
+
+def _popen(words: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    # A session of their own: Ctrl-C at the terminal reaches the ranks through us, once.
+    return subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _job_variables() -> dict[str, str]:
+    """What srun needs to find the allocation that we are in, without what binds a step."""
+    kept = (
+        "SLURM_JOB_ID",
+        "SLURM_JOBID",
+        "SLURM_JOB_NODELIST",
+        "SLURM_NODELIST",
+        "SLURM_JOB_NUM_NODES",
+        "SLURM_NNODES",
+    )
+    return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+def _python(plan: Plan) -> str:
+    """The Python that runs the work: ``$HPCML_PYTHON``, the job's, else the one that runs hpcml here."""
+    wanted = os.environ.get("HPCML_PYTHON") or (os.path.expandvars(plan.env.python) if plan.env.python else "")
+    return str(Path(plan.project, wanted)) if "/" in wanted else wanted or sys.executable
+
+
+def _end(workers: list[subprocess.Popen[bytes]], cause: str) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()

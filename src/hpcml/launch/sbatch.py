@@ -1,0 +1,181 @@
+"""Plan → the text of a batch script. Pure: nothing is probed, and what is shown is what is submitted."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+from ..errors import HpcmlError
+from ..job import clock
+from ..plan import Plan
+from ..site import Site
+
+_HEADER = """\
+#!/bin/bash
+# {title}
+# Rendered by `hpcml render`; edit the job file and render again.
+"""
+
+_ENVIRONMENT = """
+set -uo pipefail
+umask 077
+export HPCML_PROJECT="${{HPCML_PROJECT:-$SLURM_SUBMIT_DIR}}"
+export HPCML_RUNS="${{HPCML_RUNS:-{runs}}}"
+cd "$HPCML_PROJECT" || exit 2
+"""
+
+_PYTHON = """
+# The project's Python: the first of these.
+python=""
+for candidate in {candidates}; do
+  if [ -n "$candidate" ]; then python=$candidate; break; fi
+done
+if ! "$python" -c "import hpcml" 2>/dev/null; then
+  echo "hpcml: no Python with hpcml (${{python:-none found}}): set HPCML_PYTHON, [env] in the job file, or VIRTUAL_ENV," >&2
+  echo "  or make $HPCML_PROJECT/.venv (scripts/setup)" >&2
+  exit 2
+fi
+"""
+
+_OPEN = """
+# hpcml submit has made the run directory already; a plain sbatch makes it here.
+if [ -z "${{HPCML_RUN:-}}" ]; then
+  HPCML_RUN=$("$python" -m hpcml.node.batch open {job} --site {site}{overrides}) || exit
+  export HPCML_RUN
+fi
+"""
+
+# A trapped TERM ends `wait` early, hence the loop; srun has been sent the signal by Slurm itself.
+_RUN = """
+# One worker a task. Signals end the tasks first; the run's end marker is written last.
+signal=""
+trap 'signal=TERM' TERM
+trap 'signal=USR2' USR2
+{srun} &
+step=$!
+while :; do
+  wait "$step"
+  code=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+"$python" -m hpcml.node.batch close "$code" --signal "$signal"
+exit "$code"
+"""
+
+
+def render(plan: Plan, site: Site, overrides: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Return the batch script of a plan.
+
+    Args:
+        overrides: ``{"params": {…}, "settings": {…}}`` as typed on the command line, so that the script alone gives
+            the same run; they are data in it, quoted once.
+
+    Raises:
+        HpcmlError: the site has no queue.
+    """
+    _needs_queue(site)
+    given = {key: dict(values) for key, values in (overrides or {}).items() if values}
+    quoted = f" \\\n    --overrides {shlex.quote(json.dumps(given))}" if given else ""
+    job = shlex.quote(plan.job_file or "")
+    return "".join(
+        [
+            _HEADER.format(title=f"{plan.name}: {' '.join(plan.target)}, for the site {site.name}".replace("\n", " ")),
+            *directives(plan),
+            _ENVIRONMENT.format(runs=_shell_path(site.runs)),
+            _modules(plan),
+            _PYTHON.format(candidates=_candidates(plan)),
+            _OPEN.format(job=job, site=shlex.quote(site.name), overrides=quoted),
+            _RUN.format(srun=_srun(plan)),
+        ]
+    )
+
+
+def render_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> str:
+    """Return the batch script of a comparison: one job, its variants as steps one after the other on the same nodes.
+
+    The run directories are made by ``hpcml compare``; the script runs them in the order given.
+    """
+    _needs_queue(site)
+    parts = [
+        _HEADER.format(title=f"{parent.name}: {', '.join(plan.name for plan in plans)}, one after the other"),
+        *directives(parent),
+        _ENVIRONMENT.format(runs=_shell_path(site.runs)),
+        _modules(parent),
+        _PYTHON.format(candidates=_candidates(parent)),
+        "\nworst=0\ncomparison=$HPCML_RUN\n",
+        "variant() {  # variant NAME COMMAND...: one step with a run directory of its own\n"
+        '  export HPCML_RUN="$comparison/$1"\n  shift\n  "$@"\n  code=$?\n'
+        '  "$python" -m hpcml.node.batch close "$code"\n'
+        '  if [ "$code" -ne 0 ]; then worst=$code; fi\n}\n',
+    ]
+    parts += [f"variant {shlex.quote(plan.name)} {_srun(plan, exact=True)}\n" for plan in plans]
+    parts.append('\nexport HPCML_RUN=$comparison\n"$python" -m hpcml.node.batch close "$worst"\nexit "$worst"\n')
+    return "".join(parts)
+
+
+def directives(plan: Plan) -> list[str]:
+    """Return the ``#SBATCH`` lines of a plan."""
+    slurm = plan.slurm
+    options: list[tuple[str, object]] = [
+        ("job-name", plan.name),
+        ("nodes", plan.nodes),
+        ("ntasks-per-node", plan.tasks_per_node),
+        ("cpus-per-task", plan.cpus_per_task),
+        ("gres", plan.gres),
+        ("mem", f"{plan.mem_gb}G" if plan.mem_gb else None),
+        ("time", clock(plan.time_s)),
+        ("partition", slurm.partition),
+        ("account", slurm.account),
+        ("qos", slurm.qos),
+        ("constraint", slurm.constraint),
+        ("reservation", slurm.reservation),
+        ("output", "slurm-%j.out"),
+    ]
+    lines = [f"#SBATCH --{key}={_word(str(value))}\n" for key, value in options if value is not None]
+    return lines + [
+        f"#SBATCH {key}{'=' if given else ''}{_word(value)}\n" for key, given, value in map(_split, slurm.extra)
+    ]
+
+
+def _split(option: str) -> tuple[str, str, str]:
+    return option.partition("=")
+
+
+def _word(value: str) -> str:
+    """sbatch splits an #SBATCH line at spaces and cuts it at ``#`` unless quoted."""
+    return value if re.fullmatch(r"[\w.,:/%@+=*\[\]&|()-]*", value) else '"' + value.replace('"', '\\"') + '"'
+
+
+def _srun(plan: Plan, *, exact: bool = False) -> str:
+    """Return the step. srun does not inherit --cpus-per-task since Slurm 22.05, so it is always passed."""
+    words = ["srun", f"--nodes={plan.nodes}", f"--ntasks={plan.tasks}", f"--ntasks-per-node={plan.tasks_per_node}"]
+    words += [f"--cpus-per-task={plan.cpus_per_task}"]
+    if exact and plan.gres:
+        words.append(f"--gres={plan.gres}")
+    return " ".join([*words, "--kill-on-bad-exit=1", '"$python"', "-m", "hpcml.node.worker"])
+
+
+def _modules(plan: Plan) -> str:
+    if not plan.env.modules:
+        return ""
+    return f"module load {' '.join(map(shlex.quote, plan.env.modules))}\n"
+
+
+def _candidates(plan: Plan) -> str:
+    own = f" {_shell_path(plan.env.python, quote=True)}" if plan.env.python else ""
+    return f'"${{HPCML_PYTHON:-}}"{own} "${{VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}" "$HPCML_PROJECT/.venv/bin/python"'
+
+
+def _shell_path(path: str, *, quote: bool = False) -> str:
+    """Return a site's path for use inside double quotes: variables stay, all else that a shell would act on is inert."""
+    inert = re.sub(r'([`"\\])', r"\\\1", path)
+    inert = re.sub(r"\$(?![A-Za-z_{])", r"\\$", inert)
+    return f'"{inert}"' if quote else inert
+
+
+def _needs_queue(site: Site) -> None:
+    if site.scheduler != "slurm":
+        raise HpcmlError(
+            f"site {site.name!r} has no queue, so there is no batch script",
+            fix="--site generic renders for any Slurm cluster; hpcml run JOB runs it here",
+        )

@@ -1,0 +1,81 @@
+"""Submit a plan to Slurm: run directory, snapshot and script first, then sbatch; nothing stays behind on a refusal."""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .. import rundir
+from ..errors import HpcmlError
+from ..node import batch
+from ..plan import Plan
+from ..rundir import RunDir
+from ..site import Site
+from ..slurm import commands
+from . import sbatch
+
+
+def submit(plan: Plan, site: Site, script: str) -> tuple[RunDir, int]:
+    """Queue a plan's script.
+
+    Args:
+        script: the text that ``sbatch.render`` gave; it is kept in the run directory and submitted from there.
+
+    Returns:
+        The run directory and Slurm's job id.
+
+    Raises:
+        HpcmlError: sbatch refused; the run directory is removed again.
+    """
+    _find_sbatch()
+    root = rundir.runs_root(site, Path(plan.project))
+    run = rundir.create(root, plan.name)
+    try:
+        batch.prepare(run, plan)
+        return run, _queue(run, plan, script)
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def submit_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> tuple[RunDir, int]:
+    """Queue a comparison as one job; each variant has its own run directory below the parent's."""
+    _find_sbatch()
+    root = rundir.runs_root(site, Path(parent.project))
+    run = rundir.create(root, parent.name)
+    try:
+        rundir.write_json(run.plan, parent.to_json())
+        for plan in plans:
+            child = run.child(plan.name).make()
+            batch.prepare(child, plan)
+        return run, _queue(run, parent, sbatch.render_comparison(parent, plans, site))
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def environment_for(run: RunDir, plan: Plan, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment to submit in: nothing of an enclosing allocation, and the run's name."""
+    source = os.environ if environment is None else environment
+    own = {"HPCML_RUN": run.id, "HPCML_RUNS": str(run.root), "HPCML_PROJECT": plan.project}
+    left_out = ("HPCML_NODE", "HPCML_RANK", "HPCML_WORLD_SIZE", "HPCML_RESTART", "TF_CONFIG")
+    return {k: v for k, v in commands.clean_environment(source).items() if k not in left_out} | own
+
+
+def _queue(run: RunDir, plan: Plan, script: str) -> int:
+    rundir.write_bytes(run.script, script.encode())
+    output = f"--output={run.logs}/slurm-%j.out"
+    job_id = commands.submit(run.script, environment_for(run, plan), Path(plan.project), [output])
+    rundir.write_json(
+        run.submitted, {"slurm_job_id": job_id, "submitted": time.time(), "cluster": commands.cluster_name()}
+    )
+    return job_id
+
+
+def _find_sbatch() -> None:
+    if not shutil.which("sbatch"):
+        raise HpcmlError(
+            "sbatch is not on PATH: no Slurm here",
+            fix="log in to the cluster, practise with scripts/devcluster, or run it here: hpcml run JOB",
+        )

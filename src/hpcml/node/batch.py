@@ -1,0 +1,130 @@
+"""The batch script's own part of a run: ``open`` it before srun, ``close`` it after.
+
+Under ``hpcml submit`` the run is there already and ``open`` is not called. Standard library only.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from .. import facts, job, plan, rundir, site, snapshot
+from ..errors import HpcmlError
+from ..rundir import RunDir
+
+
+def open_run(
+    job_file: Path, site_name: str, params: dict[str, str], settings: dict[str, str], name: str | None = None
+) -> RunDir:
+    """Make the run directory of a job started by a plain ``sbatch``; a requeued job gets its first one again.
+
+    Args:
+        name: the variant's, below a parent run that ``$HPCML_RUN`` names.
+    """
+    where = site.load(site_name)
+    wanted = job.load(job_file, params, settings)
+    decided = plan.resolve(wanted, where, facts.gather(wanted, where, ask_queue=False))
+    root = rundir.runs_root(where, wanted.project)
+    job_id = int(os.environ.get("SLURM_JOB_ID", "0") or 0)
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0):
+        earlier = next((run for run in rundir.every(root) if rundir.slurm_job_id(run) == job_id), None)
+        if earlier:
+            return earlier
+    run = rundir.create(root, decided.name, time.time())
+    prepare(run, decided, job_id or None)
+    return run
+
+
+def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) -> None:
+    """Fill a new run directory: the code's snapshot with its parameters, the plan last."""
+    project = Path(decided.project)
+    if decided.work != "function":
+        snapshot.take(project, run.code, skip=run.root)
+        if decided.work == "script" and decided.inject and decided.params:
+            snapshot.inject(run.code / decided.target[0], decided.params)
+    if slurm_job_id is not None:
+        rundir.write_json(run.submitted, {"slurm_job_id": slurm_job_id, "submitted": time.time()})
+    rundir.write_json(run.plan, decided.to_json())
+
+
+def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[str, object]:
+    """Write the end marker from the ranks' markers and return it.
+
+    ``final`` tells whether the marker decides the state: it does for COMPLETED and for a failure with no stop signal
+    and no SIGKILL seen; otherwise Slurm knows better (TIMEOUT, PREEMPTED, OUT_OF_MEMORY, …).
+    """
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    ranks = [rundir.read_json(path) for path in sorted(run.path.glob("status.*.json"))]
+    ranks = [rank for rank in ranks if rank.get("restart", 0) == restart]
+    failed = sorted((rank for rank in ranks if rank.get("exit_code")), key=lambda rank: rank["ended"])
+    stop = rundir.read_json(run.stop)
+    if stop.get("restart", -1) == restart and (not failed or stop["time"] <= failed[0]["ended"]):
+        signal = signal or str(stop["signal"])
+    elif failed:
+        signal = None  # a rank failed by itself first; the signal came from its being cleared away
+    if failed:
+        exit_code = int(failed[0]["exit_code"])
+    killed = exit_code == 137
+    now = time.time()
+    marker: dict[str, object] = {
+        "state": "COMPLETED" if exit_code == 0 else "FAILED",
+        "exit_code": exit_code,
+        "final": exit_code == 0 or not (signal or killed),
+        "reason": failed[0].get("reason", "") if failed else "",
+        "failed_rank": failed[0]["rank"] if failed else None,
+        "signal": signal,
+        "replicas_in_sync": next((r["replicas_in_sync"] for r in ranks if r.get("replicas_in_sync")), None),
+        "started": min((rank["started"] for rank in ranks), default=now),
+        "ended": now,
+        "restarts": restart,
+        "slurm_job_id": int(os.environ.get("SLURM_JOB_ID", "0") or 0) or rundir.slurm_job_id(run),
+    }
+    rundir.write_json(run.status, marker)
+    return marker
+
+
+def main() -> int:
+    """``open JOB --site S`` prints the run's id; ``close EXIT_CODE`` writes its marker."""
+    parser = argparse.ArgumentParser(prog="hpcml.node.batch")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    opening = verbs.add_parser("open")
+    opening.add_argument("job", type=Path)
+    opening.add_argument("--site", required=True)
+    opening.add_argument("--overrides", type=json.loads, default={})
+    closing = verbs.add_parser("close")
+    closing.add_argument("exit_code", type=int)
+    closing.add_argument("--signal")
+    asked = parser.parse_args()
+    os.umask(0o077)
+    try:
+        if asked.verb == "open":
+            values = asked.overrides
+            print(open_run(asked.job, asked.site, values.get("params", {}), values.get("settings", {})).id)
+            return 0
+        run = current_run()
+        close_run(run, asked.exit_code, asked.signal or None)
+        print(f"hpcml: run {run.id} ended with exit code {asked.exit_code}", flush=True)
+        return 0
+    except HpcmlError as error:
+        print(f"hpcml: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def current_run() -> RunDir:
+    """Return the run that ``HPCML_RUNS`` and ``HPCML_RUN`` name.
+
+    Raises:
+        HpcmlError: they name none.
+    """
+    root, id = os.environ.get("HPCML_RUNS"), os.environ.get("HPCML_RUN")
+    if not root or not id:
+        raise HpcmlError(
+            "HPCML_RUNS and HPCML_RUN are not set", fix="start it through hpcml run, submit or a rendered script"
+        )
+    return rundir.adopt(Path(root), id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

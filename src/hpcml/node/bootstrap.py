@@ -1,0 +1,124 @@
+"""Everything a rank must have in its environment before a framework is imported, decided in one place.
+
+The worker calls ``prepare`` for the process that it starts; ``hpcml.begin()`` calls it for itself where no worker did.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import HpcmlError
+from ..facts import count_gpus
+from ..plan import ONE_PROCESS
+from . import devices, threads, topology
+
+# How a child learns what its worker prepared.
+HANDOVER = "HPCML_NODE"
+LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """What was decided for one rank; ``variables`` are to be set in its environment."""
+
+    topology: topology.Topology
+    devices: devices.Devices
+    threads: threads.Threads
+    variables: Mapping[str, str]
+
+    def describe(self) -> str:
+        """Return one line for the log."""
+        place, given = self.topology, self.devices
+        what = (
+            f"GPU {','.join(given.gpus)}"
+            if given.gpus
+            else f"{given.virtual} virtual CPU devices" * bool(given.virtual)
+        )
+        return (
+            f"rank {place.rank} of {place.world} ({place.source}) · {what or 'CPU'} · "
+            f"{self.threads.cores} cores ({self.threads.origin})"
+        )
+
+    def facts(self) -> dict[str, object]:
+        """Return the parameters of this rank that a run records."""
+        return {
+            "world_size": self.topology.world,
+            "nodes": self.topology.nodes,
+            "topology_source": self.topology.source,
+            "gpus": ",".join(self.devices.gpus),
+            "virtual_cpu_devices": self.devices.virtual,
+            "cores_per_task": self.threads.cores,
+            **{f"threads.{k}": f"{v} ({self.threads.origins[k]})" for k, v in self.threads.variables.items()},
+        }
+
+
+def prepare(
+    environment: Mapping[str, str], strategy: str | None, keras: str = "legacy", gpus_per_node: int | None = None
+) -> Bootstrap:
+    """Decide topology, devices, threads, TF_CONFIG and the Keras flavour of this rank.
+
+    Args:
+        environment: the process's own; a value that the user set there wins.
+        gpus_per_node: what the job asked for; None without a job.
+
+    Raises:
+        HpcmlError: what was given can't serve the strategy.
+    """
+    place = topology.detect(environment)
+    if strategy in ONE_PROCESS and place.world > 1:
+        raise HpcmlError(
+            f"strategy {strategy!r} is one process, but this step has {place.world} tasks; each would train the whole job",
+            origin=place.source,
+            fix='one task (--ntasks=1), or strategy = "multiworker"',
+        )
+    given = devices.choose(place, environment, count_gpus(), gpus_per_node)
+    chosen = threads.choose(environment, len(os.sched_getaffinity(0)), place.local_world, on_gpu=bool(given.gpus))
+    variables = {**chosen.variables, **_keras(strategy, keras, environment)}
+    if given.gpus or given.virtual:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(given.gpus) or "-1"
+    if strategy == "multiworker" and place.world > 1 and not environment.get("TF_CONFIG"):
+        variables["TF_CONFIG"] = topology.tf_config(place, topology.addresses(place, environment))
+    handover = {"topology": dataclasses.asdict(place), "devices": dataclasses.asdict(given)}
+    variables[HANDOVER] = json.dumps({**handover, "threads": dataclasses.asdict(chosen)})
+    return Bootstrap(place, given, chosen, variables)
+
+
+def received(environment: Mapping[str, str]) -> Bootstrap | None:
+    """Return what a worker prepared for this process, None where none did."""
+    if not environment.get(HANDOVER):
+        return None
+    data = json.loads(environment[HANDOVER])
+    return Bootstrap(
+        topology.Topology(**_tuples(data["topology"])),
+        devices.Devices(**_tuples(data["devices"])),
+        threads.Threads(**data["threads"]),
+        {},
+    )
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _keras(strategy: str | None, keras: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """tf-keras for all TensorFlow strategies of one base, so that they compare; Keras 3 where it is asked for and works."""
+    if strategy is None:
+        return {}
+    forced = environment.get(LEGACY_KERAS, "")
+    wants_3 = keras == "3" or forced.lower() in ("0", "false")
+    if strategy == "multiworker" and wants_3:
+        raise HpcmlError(
+            "MultiWorkerMirroredStrategy with model.fit fails on Keras 3 (keras-team/keras#20585)",
+            origin=f"{LEGACY_KERAS}={forced}" if forced else 'keras = "3"',
+            allowed='keras = "legacy" (tf-keras)',
+            fix=f"unset {LEGACY_KERAS}, and set keras only in the base job that the variants share",
+        )
+    if wants_3:
+        return {LEGACY_KERAS: "0"}
+    if importlib.util.find_spec("tensorflow") and not importlib.util.find_spec("tf_keras"):
+        raise HpcmlError("tf-keras is not installed beside TensorFlow", fix="pip install 'hpcml[tensorflow]'")
+    return {LEGACY_KERAS: "1"}

@@ -1,0 +1,180 @@
+"""One rank's worker: sets up the environment, runs the work as a child, keeps its output, writes the rank's marker.
+
+Started by srun or by hpcml's local launcher. Signals become a ``stop`` file and go on to the child; no signal handler
+runs in user code. Standard library only, so that nothing here can start a thread before threads are set.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from .. import rundir
+from ..errors import HpcmlError
+from ..plan import Plan, from_json
+from ..rundir import RunDir
+from ..tracking import journal
+from . import batch, bootstrap
+
+# After TERM the work has this long before KILL; Slurm's own KillWait is 30 s by default.
+GRACE_S = 20
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def run_rank(run: RunDir, plan: Plan) -> int:
+    """Run one rank of a plan and return its exit code."""
+    started = time.time()
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    rank = int(os.environ.get("HPCML_RANK") or os.environ.get("SLURM_PROCID") or 0)
+    log = open(run.log(rank), "ab", buffering=0)  # noqa: SIM115 - open until the process ends
+    reason, code = "", 2
+    try:
+        environment = {**os.environ, **plan.env.vars, "HPCML_RESTART": str(restart), "PYTHONUNBUFFERED": "1"}
+        ready = bootstrap.prepare(environment, plan.strategy, plan.keras, plan.gpus_per_node)
+        rank = ready.topology.rank
+        _say(log, rank, f"hpcml: {ready.describe()}")
+        code = _child(run, plan, {**environment, **ready.variables}, log, rank)
+        reason = "" if code == 0 else _last_words(run.log(rank), code)
+        if code == 0:
+            code, reason = _trained_as_one(run, plan, rank, restart)
+            if reason:
+                _say(log, rank, f"hpcml: {reason}")
+    except HpcmlError as error:
+        reason = str(error).splitlines()[0]
+        _say(log, rank, f"hpcml: {error}", error=True)
+    records = [r for r in journal.read(run.events) if r["rank"] == rank and r["restart"] == restart]
+    replicas = next((r.get("in_sync") for r in reversed(records) if r["kind"] == "replicas"), None)
+    marker = {"rank": rank, "exit_code": code, "reason": reason, "replicas_in_sync": replicas}
+    rundir.write_json(run.status_of(rank), {**marker, "started": started, "ended": time.time(), "restart": restart})
+    if code and rank:
+        print(f"hpcml: rank {rank} failed: {reason}\n  its log: {run.log(rank)}", file=sys.stderr, flush=True)
+    return code
+
+
+def command_of(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[list[str], Path]:
+    """Return the words that start the work, and the folder it starts in."""
+    code = run.code
+    if plan.work == "notebook":
+        notebook = code / plan.target[0]
+        words = [sys.executable, "-m", "hpcml.notebook.execute", str(notebook), str(run.notebook(rank))]
+        parameters = run.path / f"parameters.{rank}.json"
+        rundir.write_json(parameters, plan.params)
+        place = ["--run-root", str(run.root), "--run-id", run.id, "--rank", str(rank), "--restart", str(restart)]
+        return [*words, "--parameters", str(parameters), "--cwd", str(notebook.parent), *place], notebook.parent
+    arguments = [] if plan.inject else [word for k, v in plan.params.items() for word in (f"--{k}", _as_word(v))]
+    if plan.work == "script":
+        script = plan.target[0]
+        runner = ["bash"] if script.endswith(".sh") else [sys.executable, "-u"]
+        return [*runner, script, *arguments], code
+    return [*plan.target, *arguments], code
+
+
+def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes], rank: int) -> int:
+    words, folder = command_of(run, plan, rank, int(environment["HPCML_RESTART"]))
+    try:
+        child = subprocess.Popen(
+            words, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise HpcmlError(
+            f"{words[0]} can't be started: {error.strerror}", fix="check the job's command and [env]"
+        ) from None
+    _forward(run, child, int(environment["HPCML_RESTART"]))
+    assert child.stdout is not None
+    while chunk := child.stdout.read1(65536):  # type: ignore[attr-defined]
+        log.write(chunk)
+        if rank == 0:
+            with contextlib.suppress(OSError):
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
+    """Turn signals into a stop file; TERM and INT also reach the child's whole group, KILL follows after a while."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if rundir.read_json(run.stop).get("restart") != restart:
+            rundir.write_json(run.stop, {"signal": name, "time": time.time(), "restart": restart})
+        if number == signal.SIGUSR2:
+            return
+        _kill_group(child, signal.SIGTERM)
+        timer = threading.Timer(GRACE_S, _kill_group, (child, signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+    for number in _FORWARDED:
+        signal.signal(number, handler)
+
+
+def _kill_group(child: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+def _trained_as_one(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[int, str]:
+    """A strategy that nobody checked may be several tasks that each trained the whole job: that is a failure."""
+    if plan.strategy is None:
+        return 0, ""
+    checked = any(
+        r["kind"] == "replicas" and r["rank"] == rank and r["restart"] == restart for r in journal.read(run.events)
+    )
+    if checked:
+        return 0, ""
+    return 1, (
+        f'strategy "{plan.strategy}" was never checked: no training reported its replicas in sync; '
+        "call hpcml.begin() and pass callbacks=run.callbacks() to fit"
+    )
+
+
+def _last_words(log: Path, code: int) -> str:
+    if code > 128 and code - 128 in list(signal.Signals):
+        name = signal.Signals(code - 128).name
+        return f"killed by {name}" + (" (often out of memory)" if name == "SIGKILL" else "")
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
+    return (errors or lines or [f"exit code {code}"])[-1][:300]
+
+
+def _say(log: IO[bytes], rank: int, text: str, *, error: bool = False) -> None:
+    log.write(text.encode() + b"\n")
+    if rank == 0 or error:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _as_word(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else str(value)
+
+
+def main() -> int:
+    """Run this rank of the run that the environment names."""
+    os.umask(0o077)
+    try:
+        run = batch.current_run()
+        data = rundir.read_json(run.plan)
+        if not data:
+            raise HpcmlError(f"no plan in {run.path}", fix="start it through hpcml run, submit or a rendered script")
+        return run_rank(run, from_json(data))
+    except HpcmlError as error:
+        print(f"hpcml: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        print(f"hpcml: the run directory can't be used: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

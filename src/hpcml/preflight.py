@@ -1,0 +1,233 @@
+"""Looks before anything is queued: a job's preflight, the machine's health, a site's description from sinfo."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import rundir
+from . import site as sites
+from .errors import HpcmlError, ServiceSilent
+from .facts import count_gpus
+from .job import clock, project_of
+from .launch import sbatch
+from .launch.prepare import Prepared
+from .plan import Plan
+from .slurm import commands, text
+
+# Metadata servers make small files slow on these; SQLite's locks are not safe on them.
+NETWORK_FILE_SYSTEMS = ("lustre", "nfs", "nfs4", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs", "wekafs", "9p")
+# Executed notebooks, logs and checkpoints of a run need some room.
+LEAST_FREE_GB = 1
+_PROBE = (
+    "import importlib.util as u, json, sys; "
+    "print(json.dumps({'version': sys.version.split()[0], 'missing': [n for n in sys.argv[1:] if not u.find_spec(n)]}))"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: ``verdict`` is good, bad or note."""
+
+    topic: str
+    verdict: str
+    text: str
+    fix: str = ""
+
+
+def check(ready: Prepared) -> list[Finding]:
+    """Look at everything that a job depends on; the plan's own limits have been checked when it was resolved."""
+    plan, site = ready.plan, ready.site
+    found = [
+        Finding("site", "good", f"{site.name} ({ready.why})"),
+        Finding("request", "good", _request(plan)),
+        *(Finding("note", "note", note) for note in plan.notes),
+        Finding(
+            "work", "good", f"{plan.work} {' '.join(plan.target)}" + (f" · {plan.strategy}" if plan.strategy else "")
+        ),
+    ]
+    if site.scheduler == "slurm":
+        found.append(_start_estimate(ready))
+    found += _folders(site, Path(plan.project))
+    needed = ["hpcml", *(["papermill", "ipykernel"] if plan.work == "notebook" else [])]
+    needed += ["tensorflow", "tf_keras"][: 1 + (plan.keras == "legacy")] if plan.strategy else []
+    return [*found, _environment(plan, needed)]
+
+
+def doctor(site_name: str | None) -> list[Finding]:
+    """Look at this machine: Slurm, Python, packages, folders, GPUs, and where MLflow's data goes."""
+    found = [Finding("python", "good", f"{sys.version.split()[0]} at {sys.executable}")]
+    try:
+        site, why = sites.choose(site_name, None if site_name else commands.cluster_name())
+    except HpcmlError as error:
+        return [*found, Finding("site", "bad", str(error.problems[0]), error.problems[0].fix)]
+    found.append(Finding("site", "good", f"{site.name} ({why})"))
+    found.append(_queue_health())
+    found += [_package(name, extra) for name, extra in _PACKAGES]
+    gpus = count_gpus()
+    seen = (
+        f"{gpus} NVIDIA GPUs on this machine" if gpus else "no NVIDIA GPU on this machine: virtual CPU devices stand in"
+    )
+    found.append(Finding("gpu", "note", seen))
+    found.append(
+        Finding("git", "good", "snapshots hold what git tracks and uncommitted edits")
+        if shutil.which("git")
+        else Finding("git", "bad", "git is not on PATH: snapshots copy the whole folder", "install git")
+    )
+    return [*found, *_folders(site, project_of(Path.cwd() / "job.toml"))]
+
+
+def detect(cluster_name: str, partitions: Sequence[text.Partition]) -> str:
+    """Return a site's TOML for a cluster from what sinfo tells of its partitions."""
+    kinds = sorted({p.gpu_type for p in partitions if p.gpu_type})
+    request = f"gpu:{kinds[0]}:{{count}}" if len(kinds) == 1 else "gpu:{count}"
+    with_gpus = [p for p in partitions if p.gpus_per_node]
+    share = min((p.cores_per_node // p.gpus_per_node for p in with_gpus), default=8)
+    lines = [
+        f"# {cluster_name}, from what sinfo told; folders and modules are yours to set.",
+        f'description   = "{cluster_name}"',
+        'scheduler     = "slurm"',
+        f'cluster_names = ["{cluster_name}"]',
+        f'gpu_request   = "{request}"' + (f"     # kinds here: {', '.join(kinds)}" if kinds else ""),
+        f"cores_per_gpu = {share}",
+        'runs          = "$HPCML_PROJECT/runs"',
+        'data          = "$HPCML_PROJECT/data"',
+        'envs          = "$HOME/envs"',
+        'tracking      = "sqlite:///$HPCML_PROJECT/mlflow.db"',
+    ]
+    for p in partitions:
+        lines += ["", f"[partitions.{json.dumps(p.name)}]" + ("     # the default" if p.is_default else "")]
+        lines += [f"nodes           = {p.nodes}", f"cores_per_node  = {p.cores_per_node}"]
+        lines += [f"gpus_per_node   = {p.gpus_per_node}", f"mem_gb_per_node = {p.mem_gb_per_node}"]
+        lines += [f'max_time        = "{p.max_time}"'] if p.max_time else []
+    return "\n".join(lines) + "\n"
+
+
+_PACKAGES = (
+    ("tensorflow", "tensorflow"),
+    ("tf_keras", "tensorflow"),
+    ("papermill", "notebook"),
+    ("mlflow", "mlflow"),
+    ("mlxtend", "data"),
+)
+
+
+def _package(name: str, extra: str) -> Finding:
+    from importlib import metadata
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        return Finding(name, "note", "not installed", f"pip install 'hpcml[{extra}]'")
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return Finding(name, "good", metadata.version(name))
+    return Finding(name, "good", "installed")
+
+
+def _queue_health() -> Finding:
+    if not shutil.which("sbatch"):
+        return Finding(
+            "slurm", "note", "no sbatch on PATH: jobs run on this machine", "scripts/devcluster up gives a real one"
+        )
+    try:
+        names = [p.name + ("*" if p.is_default else "") for p in commands.partitions()]
+    except ServiceSilent as error:
+        return Finding("slurm", "bad", str(error.problems[0].what), error.problems[0].fix)
+    return Finding("slurm", "good", f"cluster {commands.cluster_name()}, partitions {', '.join(names)}")
+
+
+def _request(plan: Plan) -> str:
+    gpus = f", {plan.gpus_per_node} GPUs" if plan.gpus_per_node else ""
+    memory = f", {plan.mem_gb} GiB" if plan.mem_gb else ""
+    tasks = f"{plan.tasks_per_node} task{'s' * (plan.tasks_per_node > 1)} × {plan.cpus_per_task} cores"
+    nodes = f"{plan.nodes} node{'s' * (plan.nodes > 1)}"
+    return f"{nodes}, each {tasks}{gpus}{memory}; {clock(plan.time_s)}: within the limits"
+
+
+def _start_estimate(ready: Prepared) -> Finding:
+    script = sbatch.render(ready.plan, ready.site, ready.overrides)
+    try:
+        accepted, words = commands.test_only(script, Path(ready.plan.project))
+    except ServiceSilent as error:
+        return Finding("queue", "bad", error.problems[0].what, error.problems[0].fix)
+    if not accepted:
+        return Finding(
+            "queue", "bad", f"sbatch --test-only refuses it: {words}", "change the request; sinfo shows the nodes"
+        )
+    start = text.test_only_estimate(words)
+    return Finding("queue", "good", f"would start at {start} as things are now" if start else words)
+
+
+def _folders(site: sites.Site, project: Path) -> Iterator[Finding]:
+    try:
+        root = rundir.runs_root(site, project)
+    except HpcmlError as error:
+        yield Finding("runs", "bad", error.problems[0].what, error.problems[0].fix)
+        return
+    existing = next(p for p in (root, *root.parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        yield Finding("runs", "bad", f"{root} can't be written to", "set HPCML_RUNS to a folder of yours")
+        return
+    free_gb = shutil.disk_usage(existing).free / 2**30
+    kind = file_system(existing)
+    verdict, fix = (
+        ("good", "") if free_gb >= LEAST_FREE_GB else ("bad", "free space, or set HPCML_RUNS to another folder")
+    )
+    yield Finding("runs", verdict, f"{root}: {kind}, {free_gb:.0f} GiB free", fix)
+    try:
+        store = os.environ.get("MLFLOW_TRACKING_URI") or sites.expand(
+            site.tracking, f"site {site.name}: tracking", project
+        )
+    except HpcmlError as error:
+        yield Finding("mlflow", "bad", error.problems[0].what, error.problems[0].fix)
+        return
+    if store.startswith("sqlite:///"):
+        folder = next(p for p in Path(store.removeprefix("sqlite:///")).parents if p.exists())
+        if (kind := file_system(folder)) in ("lustre", "gpfs", "beegfs"):
+            yield Finding(
+                "mlflow", "bad", f"{store} lies on {kind}, where SQLite's locks are not safe", "set MLFLOW_TRACKING_URI"
+            )
+            return
+    yield Finding("mlflow", "good", f"metrics go to {_without_password(store)}")
+
+
+def _without_password(uri: str) -> str:
+    scheme, mark, rest = uri.partition("://")
+    return f"{scheme}{mark}{rest.rsplit('@', 1)[-1]}"
+
+
+def file_system(path: Path) -> str:
+    """Return the type of the file system that holds a path, from /proc/self/mounts; ``unknown`` where that can't be told."""
+    best, kind = "", "unknown"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, mount, name, *_ = line.split()
+            inside = mount == "/" or path == Path(mount) or Path(mount) in path.parents
+            if inside and len(mount) >= len(best):
+                best, kind = mount, name
+    return kind
+
+
+def _environment(plan: Plan, needed: list[str]) -> Finding:
+    """Ask the Python that the node will take, as far as it can be seen from here, for the modules that the job needs."""
+    venv = os.environ.get("VIRTUAL_ENV")
+    own = os.path.expandvars(plan.env.python) if plan.env.python else None
+    candidates = (os.environ.get("HPCML_PYTHON"), own, f"{venv}/bin/python" if venv else None)
+    default = sys.executable if plan.scheduler == "local" else f"{plan.project}/.venv/bin/python"
+    python = next((c for c in candidates if c), default)
+    fix = "set HPCML_PYTHON or [env] in the job file, or make .venv: scripts/setup"
+    try:
+        done = subprocess.run([python, "-c", _PROBE, *needed], capture_output=True, text=True, timeout=60, check=False)
+        told = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return Finding("environment", "bad", f"{python} is no Python that starts", fix)
+    if told["missing"]:
+        missing = ", ".join(told["missing"])
+        return Finding(
+            "environment", "bad", f"{python} lacks {missing}", "pip install 'hpcml[tensorflow,notebook,mlflow,data]'"
+        )
+    return Finding("environment", "good", f"Python {told['version']} at {python} has {', '.join(needed)}")

@@ -1,0 +1,197 @@
+"""What a person asks about runs: their state, progress and logs, and to cancel them.
+
+A run's state is climbed for: its own end marker → squeue → scontrol → sacct. Where none of them is left it is
+TIMEOUT past the time limit, else UNKNOWN with the reason.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import rundir
+from .errors import HpcmlError, ServiceSilent
+from .rundir import RunDir
+from .slurm import commands
+from .slurm.text import ENDED
+from .tracking import journal
+
+# Slurm acts on a time limit about 10 s late, and its clock is not ours.
+LATE_S = 90
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class State:
+    """A run's state.
+
+    Attributes:
+        name: Slurm's long state name, or UNKNOWN.
+        reason: why it waits, failed, or is unknown.
+        source: who said so: ``marker``, ``squeue``, ``scontrol``, ``sacct`` or ``hpcml``.
+        progress: the newest progress of rank 0, such as ``cell 4/9 · epoch 2/5 accuracy 0.93``.
+        started, ended: seconds since the epoch; None while unknown.
+    """
+
+    run_id: str
+    name: str
+    reason: str = ""
+    source: str = ""
+    slurm_job_id: int | None = None
+    exit_code: int | None = None
+    replicas_in_sync: int | None = None
+    progress: str = ""
+    submitted: float | None = None
+    started: float | None = None
+    ended: float | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the run has ended for good."""
+        return self.name in ENDED or self.name == "UNKNOWN"
+
+
+def state_of(run: RunDir) -> State:
+    """Return a run's state.
+
+    Raises:
+        ServiceSilent: Slurm gives no answer and the marker alone doesn't tell.
+    """
+    marker = rundir.read_json(run.status)
+    submitted = rundir.read_json(run.submitted)
+    parent = RunDir(run.root, run.id.split("/")[0])
+    job_id = rundir.slurm_job_id(run) or (rundir.slurm_job_id(parent) if "/" in run.id else None)
+    common: dict[str, Any] = {
+        "run_id": run.id,
+        "slurm_job_id": job_id,
+        "progress": progress(run),
+        "submitted": submitted.get("submitted"),
+        "started": marker.get("started"),
+        "ended": marker.get("ended"),
+        "replicas_in_sync": marker.get("replicas_in_sync"),
+    }
+    if marker.get("final"):
+        return State(
+            name=marker["state"], reason=marker.get("reason", ""), source="marker",
+            exit_code=marker.get("exit_code"), **common,
+        )  # fmt: skip
+    if job_id is None:
+        return _without_slurm(run, marker, common)
+    known = commands.job_state(job_id)
+    if known is None:
+        return _forgotten(run, marker, common)
+    if "/" in run.id and known.state == "RUNNING" and not any(run.logs.glob("out.*.txt")):
+        return State(name="PENDING", reason="waits for the variants before it", source="hpcml", **common)
+    reason = known.reason or (marker.get("reason", "") if known.ended else "")
+    return State(
+        name=known.state, reason=reason, source=known.source,
+        exit_code=known.exit_code if known.exit_code is not None else marker.get("exit_code"), **common,
+    )  # fmt: skip
+
+
+def progress(run: RunDir) -> str:
+    """Return how far rank 0 is, in words; empty before it said anything."""
+    newest: dict[str, str] = {}
+    for record in journal.read(run.events):
+        if record["kind"] == "progress" and record["rank"] == 0:
+            text = f" {record['text']}" if record.get("text") else ""
+            unit = record["unit"]
+            newest[unit] = (
+                text.strip() if unit == "epoch" and text else f"{unit} {record['done']}/{record['total']}{text}"
+            )
+    return " · ".join(newest[unit] for unit in sorted(newest))
+
+
+def wait(run: RunDir, tell: Callable[[State], None], poll_s: float = POLL_S) -> State:
+    """Wait until a run has ended and return its state; ``tell`` is called with each new state.
+
+    A controller that does not answer for a while is waited for: the job goes on without it.
+    """
+    last: State | None = None
+    while True:
+        try:
+            state = state_of(run)
+        except ServiceSilent:
+            time.sleep(poll_s)
+            continue
+        if state != last:
+            tell(state)
+            last = state
+        if state.is_final:
+            return state
+        time.sleep(poll_s)
+
+
+def cancel(run: RunDir) -> State:
+    """Cancel a run's Slurm job; a run that has ended already is left as it is.
+
+    Raises:
+        HpcmlError: the run has no Slurm job, or scancel refused.
+    """
+    state = state_of(run)
+    if state.is_final:
+        return state
+    if state.slurm_job_id is None:
+        raise HpcmlError(f"run {run.id} is not a Slurm job", fix="it runs in a terminal of yours: Ctrl-C there")
+    commands.cancel(state.slurm_job_id)
+    return state
+
+
+def log_paths(run: RunDir) -> list[Path]:
+    """Return a run's logs: Slurm's own first, then each rank's by rank; of a comparison those of its variants."""
+    slurm = sorted(run.logs.glob("slurm-*.out"))
+    ranks = sorted(run.logs.glob("out.*.txt"), key=lambda path: int(path.name.split(".")[1]))
+    children = [path for child in sorted(run.path.glob("*/logs")) for path in sorted(child.glob("out.*.txt"))]
+    return slurm + ranks + children
+
+
+def follow(run: RunDir, ended: Callable[[], bool], poll_s: float = POLL_S / 2) -> Iterator[tuple[Path, str]]:
+    """Yield each new line of every rank's log with its path, until the run has ended; by polling, for Lustre and NFS."""
+    at: dict[Path, int] = {}
+    rest: dict[Path, bytes] = {}
+    while True:
+        over = ended()
+        for path in [p for p in log_paths(run) if p.name.startswith("out.")]:
+            with path.open("rb") as file:
+                file.seek(at.get(path, 0))
+                text = rest.pop(path, b"") + file.read()
+                at[path] = file.tell()
+            *lines, last = text.split(b"\n")
+            if last and not over:
+                rest[path] = last
+            elif last:
+                lines.append(last)
+            yield from ((path, line.decode(errors="replace")) for line in lines)
+        if over:
+            return
+        time.sleep(poll_s)
+
+
+def _without_slurm(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> State:
+    """A local or bare run: it is running while its logs or events are, and else it died without a word."""
+    if marker:
+        return State(name=str(marker["state"]), reason=str(marker.get("reason", "")), source="marker", **common)
+    if rundir.owner_is_alive(run):
+        return State(name="RUNNING", source="hpcml", **common)
+    reason = "its process ended without an end marker"
+    return State(name="UNKNOWN", reason=reason, source="hpcml", **common)
+
+
+def _forgotten(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> State:
+    """Slurm does not know the job any more: judge by our own marker and the time limit."""
+    plan = rundir.read_json(run.plan)
+    begun = marker.get("started") or common.get("submitted") or 0
+    seen_until = marker.get("ended") or time.time()
+    limit = plan.get("time_s") or 0
+    if marker and marker.get("signal") and limit and float(seen_until) - float(begun) >= limit - LATE_S:
+        name, reason = "TIMEOUT", f"signal {marker['signal']} at the time limit; Slurm has forgotten the job"
+    elif marker and marker.get("exit_code") == 137:
+        name, reason = "FAILED", "killed by SIGKILL (often out of memory); Slurm has forgotten the job"
+    elif marker and not marker.get("signal"):
+        name, reason = str(marker["state"]), str(marker.get("reason", ""))
+    elif limit and time.time() > float(begun) + limit + LATE_S and any(run.logs.glob("*")):
+        name, reason = "TIMEOUT", "past its time limit without an end marker; Slurm has forgotten the job"
+    else:
+        name, reason = "UNKNOWN", "no end marker, and squeue, scontrol and sacct don't know the job"
+    return State(name=name, reason=reason, source="hpcml", **common)

@@ -1,0 +1,246 @@
+"""A run directory: the name of every file of a run, and atomic, private writes.
+
+Nobody else spells these names. A run's id is its path below the runs folder; a comparison's variants lie one level
+below their parent (``<parent>/<variant>``).
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import HpcmlError
+from .site import Site, expand
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run, below ``root / id``."""
+
+    root: Path
+    id: str
+
+    @property
+    def path(self) -> Path:
+        """The directory itself."""
+        return self.root / self.id
+
+    @property
+    def plan(self) -> Path:
+        """Values with origins, as submitted."""
+        return self.path / "plan.json"
+
+    @property
+    def script(self) -> Path:
+        """The batch script, as submitted."""
+        return self.path / "job.sbatch"
+
+    @property
+    def submitted(self) -> Path:
+        """Slurm's job id and the time of submission."""
+        return self.path / "submitted.json"
+
+    @property
+    def owner(self) -> Path:
+        """The process that a run outside Slurm belongs to."""
+        return self.path / "owner.json"
+
+    @property
+    def code(self) -> Path:
+        """The snapshot of the project that the work runs in."""
+        return self.path / "code"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the ranks' logs."""
+        return self.path / "logs"
+
+    @property
+    def events(self) -> Path:
+        """Folder of the journal's files."""
+        return self.path / "events"
+
+    @property
+    def functions(self) -> Path:
+        """Folder that submitit keeps a function's pickles and logs in."""
+        return self.path / "functions"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder for checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder for TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def stop(self) -> Path:
+        """Present once a signal asked the run to stop; holds the signal's name and time."""
+        return self.path / "stop"
+
+    @property
+    def delivered(self) -> Path:
+        """What MLflow has of this run."""
+        return self.path / "delivered.json"
+
+    @property
+    def status(self) -> Path:
+        """The end marker: written last, atomically."""
+        return self.path / "status.json"
+
+    @property
+    def comparison(self) -> Path:
+        """A comparison's table as JSON; only a parent has it."""
+        return self.path / "comparison.json"
+
+    @property
+    def plot(self) -> Path:
+        """A comparison's plot; only a parent has it."""
+        return self.path / "comparison.png"
+
+    def log(self, rank: int) -> Path:
+        """One rank's output, line-buffered and live."""
+        return self.logs / f"out.{rank}.txt"
+
+    def event_file(self, rank: int, restart: int, writer: str) -> Path:
+        """The append-only file of one writer: ``rank``, ``engine``, …"""
+        return self.events / f"{rank}.{restart}.{writer}.jsonl"
+
+    def status_of(self, rank: int) -> Path:
+        """One worker's own marker."""
+        return self.path / f"status.{rank}.json"
+
+    def notebook(self, rank: int) -> Path:
+        """The executed notebook; rank 0 has the first name."""
+        return self.path / ("notebook.ipynb" if rank == 0 else f"notebook.{rank}.ipynb")
+
+    def child(self, name: str) -> "RunDir":
+        """The run directory of one variant of a comparison."""
+        return RunDir(self.root, f"{self.id}/{name}")
+
+    def make(self) -> "RunDir":
+        """Create the directory and its folders, private to the user; what is there stays."""
+        for folder in (self.path, self.logs, self.events):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self
+
+
+def runs_root(site: Site, project: Path) -> Path:
+    """Return the runs folder: ``$HPCML_RUNS``, else the site's."""
+    if os.environ.get("HPCML_RUNS"):
+        return Path(os.environ["HPCML_RUNS"]).absolute()
+    return Path(expand(site.runs, f"site {site.name}: runs", project))
+
+
+def create(root: Path, name: str, stamp: float | None = None) -> RunDir:
+    """Make a new run directory named after the time (local) and the job; never one that exists."""
+    base = time.strftime("%Y%m%d-%H%M%S", time.localtime(stamp)) + f"-{name}"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for count in range(1, 10_000):
+            run = RunDir(root, base if count == 1 else f"{base}-{count}")
+            try:
+                run.path.mkdir(mode=0o700)
+            except FileExistsError:
+                continue
+            return run.make()
+    except OSError as error:
+        fix = "set HPCML_RUNS to a folder that you can write to, or free space"
+        raise HpcmlError(f"no run directory can be made in {root}: {error.strerror}", fix=fix) from None
+    raise HpcmlError(f"{root} holds 10,000 runs of one second named {name}", fix="hpcml runs prune")
+
+
+def claim(run: RunDir) -> None:
+    """Note that this process runs the run, so that others can tell whether it still does."""
+    write_json(run.owner, {"host": os.uname().nodename, "pid": os.getpid(), "start": _start_time(os.getpid())})
+
+
+def owner_is_alive(run: RunDir) -> bool:
+    """Return whether the process that claimed a run still runs; one of another machine is taken to."""
+    owner = read_json(run.owner)
+    if not owner:
+        return False
+    elsewhere = owner["host"] != os.uname().nodename
+    return elsewhere or bool(owner["start"] == _start_time(owner["pid"]))
+
+
+def _start_time(pid: int) -> str:
+    """Start time of a process in clock ticks since boot (proc(5)): a pid that was given again has another."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def adopt(root: Path, id: str) -> RunDir:
+    """Return the run directory with this id, made by whichever rank comes first."""
+    return RunDir(root, id).make()
+
+
+def every(root: Path) -> Iterator[RunDir]:
+    """Yield the runs below a root, the newest first; variants follow their parent."""
+    names = sorted((p.name for p in root.iterdir() if p.is_dir()), reverse=True) if root.is_dir() else []
+    for name in names:
+        run = RunDir(root, name)
+        if run.plan.exists():
+            yield run
+        for child in sorted(run.path.glob("*/plan.json")):
+            yield RunDir(root, f"{name}/{child.parent.name}")
+
+
+def find(root: Path, reference: str | None) -> RunDir:
+    """Return the run meant by a run id, a Slurm job id, or nothing (the newest).
+
+    Raises:
+        HpcmlError: no such run; the newest few are named.
+    """
+    if reference and (RunDir(root, reference).plan).exists() and ".." not in reference:
+        return RunDir(root, reference)
+    newest: list[str] = []
+    for run in every(root):
+        newest.append(run.id)
+        if reference is None and "/" not in run.id:
+            return run
+        if reference is not None and reference.isdecimal() and slurm_job_id(run) == int(reference):
+            return run
+    if not newest:
+        raise HpcmlError(f"no runs in {root}", fix="start one: hpcml run JOB, hpcml submit JOB")
+    raise HpcmlError(f"no run {reference!r} in {root}", allowed=", ".join(newest[:5]), fix="hpcml runs list")
+
+
+def slurm_job_id(run: RunDir) -> int | None:
+    """Return the Slurm job that a run belongs to, None where it has none."""
+    number = read_json(run.submitted).get("slurm_job_id")
+    return number if isinstance(number, int) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty where the file is absent or not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, readable by the user alone."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=False, default=str) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside its target, then rename it: a reader sees the old or the new, never half."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,166 @@
+"""The only file that calls Slurm's commands. Each call has a timeout; its text is read in ``text.py``.
+
+A silent or absent controller is ``ServiceSilent`` (exit 3), a missing command ``HpcmlError`` (exit 2).
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..errors import HpcmlError, ServiceSilent
+from . import text
+
+# Clients of Slurm retry for about 9 s when no controller answers; beyond that nothing comes.
+TIMEOUT_S = 20
+_LEAKS = ("SLURM_", "SBATCH_", "SRUN_", "PMIX_", "PMI_")
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+_SILENT = (
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Connection refused",
+    "Zero Bytes were transmitted",
+)
+
+
+def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment without what an enclosing allocation would leak into a new job (SLURM_CPU_BIND, …)."""
+    source = os.environ if environment is None else environment
+    return {key: value for key, value in source.items() if not key.startswith(_LEAKS) or key in _KEPT}
+
+
+def cluster_name() -> str | None:
+    """Return Slurm's ClusterName: from the variable of a job, else the configuration file, else the controller."""
+    if os.environ.get("SLURM_CLUSTER_NAME"):
+        return os.environ["SLURM_CLUSTER_NAME"]
+    if not shutil.which("sbatch"):
+        return None
+    path = Path(os.environ.get("SLURM_CONF") or "/etc/slurm/slurm.conf")
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = _call(["scontrol", "show", "config"], check=False).stdout.splitlines()
+    for line in lines:
+        key, _, value = line.partition("=")
+        if key.strip().lower() == "clustername":
+            return value.split("#")[0].strip()
+    return None
+
+
+def submit(script: Path, environment: Mapping[str, str], cwd: Path, options: Sequence[str] = ()) -> int:
+    """Queue a script with sbatch and return the job's id.
+
+    Raises:
+        HpcmlError: sbatch refused it, in Slurm's own words.
+    """
+    done = _call(
+        ["sbatch", "--parsable", "--export=ALL", *options, str(script)], environment=environment, cwd=cwd, check=False
+    )
+    if done.returncode:
+        raise HpcmlError(f"sbatch refused the job: {_words(done)}", fix="hpcml check JOB shows what the site allows")
+    return int(done.stdout.strip().split(";")[0])
+
+
+def test_only(script: str, cwd: Path) -> tuple[bool, str]:
+    """Ask sbatch --test-only about a script; returns whether it could ever start, and Slurm's words."""
+    done = _call(["sbatch", "--test-only"], stdin=script, environment=clean_environment(), cwd=cwd, check=False)
+    return done.returncode == 0, _words(done)
+
+
+def partitions() -> list[text.Partition]:
+    """Return what sinfo tells of the partitions."""
+    return text.partitions(_call(["sinfo", "--noheader", f"--format={text.SINFO_FORMAT}"]).stdout)
+
+
+def job_state(job_id: int) -> text.JobState | None:
+    """Climb the ladder squeue → scontrol → sacct; None where none of them knows the job."""
+    queue = _call(["squeue", "--noheader", "--states=all", "--format=%T|%r", f"--jobs={job_id}"], check=False)
+    if queue.returncode == 0 and queue.stdout.strip():
+        return text.squeue_line(queue.stdout.strip().splitlines()[0])
+    shown = _call(["scontrol", "--oneliner", "show", "job", str(job_id)], check=False)
+    if shown.returncode == 0 and shown.stdout.strip():
+        return text.scontrol_job(shown.stdout)
+    fields = ["--parsable2", "--noheader", "--allocations", "--format=State,ExitCode"]
+    try:
+        account = _call(["sacct", f"--jobs={job_id}", *fields], check=False)
+    except HpcmlError:
+        return None
+    if account.returncode == 0 and account.stdout.strip():
+        return text.sacct_line(account.stdout.strip().splitlines()[-1])
+    return None
+
+
+def queued(job_ids: Sequence[int]) -> dict[int, text.JobState]:
+    """Return the states of those jobs that squeue still knows, in one call."""
+    if not job_ids:
+        return {}
+    ids = ",".join(map(str, job_ids))
+    done = _call(["squeue", "--noheader", "--states=all", "--format=%A|%T|%r", f"--jobs={ids}"], check=False)
+    found = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        job_id, _, rest = line.strip().partition("|")
+        found[int(job_id)] = text.squeue_line(rest)
+    return found
+
+
+def job_fields(job_id: int) -> dict[str, str]:
+    """Return what ``scontrol show job`` says of a job, by key; empty where it is unknown."""
+    done = _call(["scontrol", "--oneliner", "show", "job", str(job_id)], check=False)
+    return text.pairs(done.stdout.splitlines()[0]) if done.returncode == 0 and done.stdout.strip() else {}
+
+
+def node_addresses(names: Sequence[str]) -> dict[str, str]:
+    """Return each node's NodeAddr, the address the controller reaches it by; empty where scontrol can't be asked."""
+    if not shutil.which("scontrol"):
+        return {}
+    done = _call(["scontrol", "--oneliner", "show", "node", ",".join(names)], check=False)
+    nodes = [text.pairs(line) for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return {node["NodeName"]: node["NodeAddr"] for node in nodes if "NodeAddr" in node}
+
+
+def cancel(job_id: int) -> None:
+    """Cancel a job.
+
+    Raises:
+        HpcmlError: scancel refused, in Slurm's own words.
+    """
+    done = _call(["scancel", str(job_id)], check=False)
+    if done.returncode:
+        raise HpcmlError(f"scancel refused: {_words(done)}", fix="hpcml status shows the job")
+
+
+def _words(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.split("error: ", 1)[-1].strip() for line in done.stderr.splitlines() if line.strip()]
+    return "; ".join(lines) or f"exit {done.returncode}"
+
+
+def _call(
+    argv: Sequence[str],
+    *,
+    stdin: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run(
+            list(argv), input=stdin, stdin=None if stdin is not None else subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, cwd=cwd, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise HpcmlError(
+            f"{argv[0]} is not on PATH: no Slurm here",
+            fix="log in to the cluster, practise with scripts/devcluster, or run it here: hpcml run JOB",
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ServiceSilent(
+            f"{argv[0]} gave no answer in {TIMEOUT_S} s", fix="try again; scontrol ping tells more"
+        ) from None
+    if done.returncode and any(words in done.stderr for words in _SILENT):
+        raise ServiceSilent(
+            f"Slurm's controller does not answer: {_words(done)}", fix="try again; scontrol ping tells more"
+        )
+    if check and done.returncode:
+        raise ServiceSilent(f"{argv[0]} failed: {_words(done)}", fix="scontrol ping tells whether the controller is up")
+    return done
