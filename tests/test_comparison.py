@@ -179,7 +179,7 @@ def test_a_failed_variant_keeps_its_row_with_state_and_reason(variant: Variant) 
     text = shown(compared)
     assert line_of(text, "multiworker") == ["multiworker"] + ["–"] * 7
     assert line_of(text, "OUT_OF_MEMORY") == ["OUT_OF_MEMORY"]
-    assert "- multiworker OUT_OF_MEMORY: ResourceExhaustedError: out of memory [[GPU:0]]" in " ".join(text.split())
+    assert "multiworker OUT_OF_MEMORY: ResourceExhaustedError: out of memory [[GPU:0]]" in " ".join(text.split())
 
 
 def test_the_reason_is_that_of_the_rank_that_failed_first(variant: Variant) -> None:
@@ -193,6 +193,30 @@ def test_the_reason_is_that_of_the_rank_that_failed_first(variant: Variant) -> N
 def test_without_a_message_the_exit_code_is_the_reason(variant: Variant) -> None:
     run = variant("original", state="FAILED", status={"exit_code": 137})
     assert report.measure(run).error == "exit code 137; hpcml logs compare/original"
+    run = variant("original", state="FAILED", status={"exit_code": 143, "signal": "SIGTERM", "reason": ""})
+    assert report.measure(run).error == "stopped by SIGTERM; hpcml logs compare/original"
+
+
+@pytest.mark.parametrize(("state", "error"), [("FAILED", "ValueError: 12"), ("TIMEOUT", "past the time limit of 60 s")])
+def test_the_markers_reason_goes_first_where_the_run_was_ended_from_outside(
+    variant: Variant, state: str, error: str
+) -> None:
+    run = variant("original", state=state, status={"reason": "past the time limit of 60 s"})
+    assert report.measure(run).error == "past the time limit of 60 s"
+    say(run, "error", "ValueError: 12")
+    assert report.measure(run).error == error
+
+
+def test_a_warning_of_several_variants_is_shown_once(variant: Variant) -> None:
+    runs = [variant("a", "mirrored"), variant("b", "mirrored")]
+    for run in runs:
+        say(run, "warning", "slow disk")
+    compared = report.compare(runs)
+    assert report.remarks(compared) == ["a, b: slow disk"]
+    assert "a, b: slow disk" in shown(compared)
+    assert compared.notes and not any(
+        note[:20] in shown(compared) for note in compared.notes
+    )  # the caller prints those
 
 
 def test_a_completed_run_has_no_error_whatever_it_said(variant: Variant) -> None:

@@ -98,7 +98,7 @@ def detect(cluster_name: str, partitions: Sequence[text.Partition]) -> str:
         'runs          = "$HPCML_PROJECT/runs"',
         'data          = "$HPCML_PROJECT/data"',
         'envs          = "$HOME/envs"',
-        'tracking      = "sqlite:///$HPCML_PROJECT/mlflow.db"',
+        'tracking      = "sqlite:///$HPCML_PROJECT/runs/mlflow.db"',
     ]
     for p in partitions:
         lines += ["", f"[partitions.{json.dumps(p.name)}]" + ("     # the default" if p.is_default else "")]

@@ -4,6 +4,7 @@ A run's state is climbed for: its own end marker → squeue → scontrol → sac
 TIMEOUT past the time limit, else UNKNOWN with the reason.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from . import rundir
 from .errors import HpcmlError, ServiceSilent
 from .rundir import RunDir
 from .slurm import commands
-from .slurm.text import ENDED
+from .slurm.text import ENDED, JobState
 from .tracking import journal
 
 # Slurm acts on a time limit about 10 s late, and its clock is not ours.
@@ -81,13 +82,30 @@ def state_of(run: RunDir) -> State:
     known = commands.job_state(job_id)
     if known is None:
         return _forgotten(run, marker, common)
-    if "/" in run.id and known.state == "RUNNING" and not any(run.logs.glob("out.*.txt")):
-        return State(name="PENDING", reason="waits for the variants before it", source="hpcml", **common)
-    reason = known.reason or (marker.get("reason", "") if known.ended else "")
-    return State(
-        name=known.state, reason=reason, source=known.source,
-        exit_code=known.exit_code if known.exit_code is not None else marker.get("exit_code"), **common,
-    )  # fmt: skip
+    if "/" in run.id and not known.ended:
+        return _variant(run, marker, common)
+    if known.ended:
+        return _settled(run, marker, known, common)
+    return State(name=known.state, reason=known.reason, source=known.source, **common)
+
+
+def _variant(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> State:
+    """A variant of a comparison whose job goes on: a step of it that Slurm tells nothing about."""
+    if marker:
+        return State(name=marker["state"], reason=marker.get("reason", ""), source="marker", **common)
+    if any(run.logs.glob("out.*.txt")):
+        return State(name="RUNNING", source="hpcml", **common)
+    return State(name="PENDING", reason="waits for its turn in the comparison", source="hpcml", **common)
+
+
+def _settled(run: RunDir, marker: dict[str, Any], known: JobState, common: dict[str, Any]) -> State:
+    """Slurm's word on an ended job goes into the marker: without accounting it forgets the job after a while."""
+    reason = marker.get("reason") or known.reason
+    code = known.exit_code if known.exit_code is not None else marker.get("exit_code")
+    final = {"state": known.state, "reason": reason, "exit_code": code, "final": True, "told_by": known.source}
+    with contextlib.suppress(OSError):
+        rundir.write_json(run.status, {**marker, **final})
+    return State(name=known.state, reason=reason, source=known.source, exit_code=code, **common)
 
 
 def progress(run: RunDir) -> str:

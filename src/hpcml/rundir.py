@@ -143,6 +143,8 @@ def create(root: Path, name: str, stamp: float | None = None) -> RunDir:
     base = time.strftime("%Y%m%d-%H%M%S", time.localtime(stamp)) + f"-{name}"
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (root / ".gitignore").exists():
+            (root / ".gitignore").write_text("*\n")  # runs are never part of a project
         for count in range(1, 10_000):
             run = RunDir(root, base if count == 1 else f"{base}-{count}")
             try:

@@ -54,7 +54,7 @@ class Site:
     runs: str = "$HPCML_PROJECT/runs"
     data: str = "$HPCML_PROJECT/data"
     envs: str = "$HOME/envs"
-    tracking: str = "sqlite:///$HPCML_PROJECT/mlflow.db"
+    tracking: str = "sqlite:///$HPCML_PROJECT/runs/mlflow.db"
     limits: Limits = Limits()
     partitions: Mapping[str, Limits] = field(default_factory=dict)
     path: Path | None = None

@@ -32,8 +32,10 @@ def terminal(cluster: Cluster, tmp_path: Path) -> Iterator[Terminal]:
     opened: list[pexpect.spawn[str]] = []
 
     def open_terminal(*argv: str) -> pexpect.spawn[str]:
+        # Through bash, because pexpect takes a lone command apart at its spaces.
+        words = [str(SCRIPT), *argv]
         child = pexpect.spawn(
-            str(SCRIPT), list(argv), env=env, cwd=str(PROJECT), encoding="utf-8", timeout=60, dimensions=(24, 400)
+            "bash", words, env=env, cwd=str(PROJECT), encoding="utf-8", timeout=60, dimensions=(24, 400)
         )
         opened.append(child)
         return child

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .. import queue, rundir
-from ..errors import DONE, INTERRUPTED, JOB_FAILED
+from ..errors import DONE, INTERRUPTED, JOB_FAILED, HpcmlError
 from ..launch.prepare import prepare
 from . import jobs, show
 from .root import json_option, site_option
@@ -56,23 +56,27 @@ def _report(run: rundir.RunDir, as_json: bool) -> int:
     from ..report import comparison, plot
 
     children = compare.children(run)
+    states = [queue.state_of(child).name for child in children]
     measured = comparison.compare(children)
     rundir.write_json(run.comparison, comparison.to_json(measured))
     with jobs.quiet_stdout(as_json):
-        plot.plot(measured, run.plot)
-        delivered = show.deliver(run)
-        for child in children:
-            show.deliver(child)
         click.echo()
         Console().print(comparison.table(measured))
         for note in measured.notes:
             click.echo(f"  {note}")
-        click.echo(f"\n  plot      {run.plot}\n  files     {run.path}")
+        try:
+            plot.plot(measured, run.plot)
+            click.echo(f"\n  plot      {run.plot}")
+        except HpcmlError as error:
+            click.echo(f"\nhpcml: no plot: {error}", err=True)
+        click.echo(f"  files     {run.path}")
+        delivered = show.deliver(run)
+        for child in children:
+            show.deliver(child)
         if delivered:
             click.echo(f"  mlflow    {delivered}")
     if as_json:
         show.echo_json(comparison.to_json(measured))
-    states = [queue.state_of(child).name for child in children]
     if "CANCELLED" in states and not rundir.slurm_job_id(run):
         return INTERRUPTED
     return DONE if all(name == "COMPLETED" for name in states) else JOB_FAILED

@@ -135,7 +135,7 @@ def run_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], s
     announce(ready, f"run {run.id}", to_stderr=as_json)
     with quiet_stdout(as_json):
         local.run(ready.plan, run)
-    return ended(run, as_json)
+    return ended(run, as_json, log_tail=False)
 
 
 @click.command("submit")
@@ -181,11 +181,11 @@ def wait_for(run: rundir.RunDir, as_json: bool) -> int:
     return ended(run, as_json)
 
 
-def ended(run: rundir.RunDir, as_json: bool) -> int:
+def ended(run: rundir.RunDir, as_json: bool, *, log_tail: bool = True) -> int:
     """Say how a run ended and return the exit code: 130 where the person ended it."""
     state = queue.state_of(run)
     with quiet_stdout(as_json):
-        code = show.finish(run, state)
+        code = show.finish(run, state, log_tail=log_tail)
     if as_json:
         show.echo_json(vars(state) | {"path": str(run.path)})
     return INTERRUPTED if state.name == "CANCELLED" and not state.slurm_job_id else code

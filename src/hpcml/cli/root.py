@@ -86,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         else:
             click.echo(
-                f"hpcml: internal error: {type(error).__name__}: {error}\n  fix: run it again as `hpcml --debug …` and report what it prints",
+                f"hpcml: internal error: {type(error).__name__}: {error}\n  fix: hpcml --debug … shows where; please report it",
                 err=True,
             )
         return JOB_FAILED

@@ -8,7 +8,6 @@ import click
 
 from .. import queue, rundir
 from ..errors import DONE, JOB_FAILED, HpcmlError
-from ..job import clock
 from . import show
 from .root import json_option, site_option
 
@@ -117,13 +116,12 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in ("run", "state", "job", "replicas", "time", "progress or reason"):
-        table.add_column(
-            heading, overflow="fold", justify="right" if heading in ("job", "replicas", "time") else "left"
-        )
+        numbers = heading in ("job", "replicas", "time")
+        table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading in ("run", "state", "time"))
     for state in states:
-        took = clock((state.ended or time.time()) - state.started) if state.started else ""
+        took = show.duration((state.ended or time.time()) - state.started) if state.started else ""
         job, replicas = str(state.slurm_job_id or ""), str(state.replicas_in_sync or "")
         colour = show.COLOURS.get(state.name, "red")
         table.add_row(state.run_id, f"[{colour}]{state.name}[/]", job, replicas, took, state.reason or state.progress)

@@ -50,15 +50,19 @@ def wait(run: RunDir) -> queue.State:
     return queue.wait(run, lambda state: click.echo(f"hpcml: {_progress_line(state)}", err=True))
 
 
-def finish(run: RunDir, state: queue.State) -> int:
-    """Deliver an ended run, print its summary, and return the exit code."""
+def finish(run: RunDir, state: queue.State, *, log_tail: bool) -> int:
+    """Deliver an ended run, print its summary, and return the exit code.
+
+    Args:
+        log_tail: whether to end a failed run's summary with the last lines of its log, unless they were seen already.
+    """
     delivered = deliver(run)
     click.echo(summary(run, state))
     if delivered:
         click.echo(f"  mlflow    {delivered}")
     if state.name == "COMPLETED":
         return DONE
-    for path in [p for p in queue.log_paths(run) if p.stat().st_size][:1]:
+    for path in [p for p in queue.log_paths(run)[::-1] if log_tail and p.stat().st_size][:1]:
         tail = path.read_text(errors="replace").splitlines()[-15:]
         click.echo(f"last lines of {path}:\n" + "\n".join(f"  | {line}" for line in tail), err=True)
     return JOB_FAILED
@@ -79,7 +83,7 @@ def deliver(run: RunDir) -> str:
 
 def summary(run: RunDir, state: queue.State) -> str:
     """Return what a person wants to know of a run, in a few lines."""
-    took = f" in {clock(state.ended - state.started)}" if state.started and state.ended else ""
+    took = f" in {duration(state.ended - state.started)}" if state.started and state.ended else ""
     lines = [f"{state_word(state.name)} {run.id}{took}"]
     if state.reason:
         lines.append(f"  reason    {state.reason}")
@@ -96,6 +100,11 @@ def summary(run: RunDir, state: queue.State) -> str:
     if run.notebook(0).exists():
         lines.append(f"  notebook  {run.notebook(0)}")
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time: seconds to a tenth below a minute, else ``HH:MM:SS``."""
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
 
 
 def _last_metrics(run: RunDir) -> dict[str, float]:

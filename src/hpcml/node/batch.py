@@ -52,26 +52,27 @@ def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) ->
 def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[str, object]:
     """Write the end marker from the ranks' markers and return it.
 
-    ``final`` tells whether the marker decides the state: it does for COMPLETED and for a failure with no stop signal
-    and no SIGKILL seen; otherwise Slurm knows better (TIMEOUT, PREEMPTED, OUT_OF_MEMORY, …).
+    ``final`` tells whether the marker decides the state: it does where no stop signal came before the end and no rank
+    was killed; otherwise Slurm knows better (CANCELLED, TIMEOUT, PREEMPTED, OUT_OF_MEMORY, …), also of work that
+    answered a signal with exit code 0.
     """
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    restart, now = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0), time.time()
     ranks = [rundir.read_json(path) for path in sorted(run.path.glob("status.*.json"))]
     ranks = [rank for rank in ranks if rank.get("restart", 0) == restart]
     failed = sorted((rank for rank in ranks if rank.get("exit_code")), key=lambda rank: rank["ended"])
     stop = rundir.read_json(run.stop)
-    if stop.get("restart", -1) == restart and (not failed or stop["time"] <= failed[0]["ended"]):
+    first_end = min((rank["ended"] for rank in (failed or ranks)), default=now)
+    if stop.get("restart", -1) == restart and stop["time"] <= first_end:
         signal = signal or str(stop["signal"])
-    elif failed:
-        signal = None  # a rank failed by itself first; the signal came from its being cleared away
+    elif ranks:
+        signal = None  # the ranks ended by themselves first; the signal came from clearing the others away
     if failed:
         exit_code = int(failed[0]["exit_code"])
     killed = exit_code == 137
-    now = time.time()
     marker: dict[str, object] = {
         "state": "COMPLETED" if exit_code == 0 else "FAILED",
         "exit_code": exit_code,
-        "final": exit_code == 0 or not (signal or killed),
+        "final": not (signal or killed),
         "reason": failed[0].get("reason", "") if failed else "",
         "failed_rank": failed[0]["rank"] if failed else None,
         "signal": signal,

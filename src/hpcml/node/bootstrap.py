@@ -19,6 +19,7 @@ from . import devices, threads, topology
 # How a child learns what its worker prepared.
 HANDOVER = "HPCML_NODE"
 LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
+LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def prepare(
     given = devices.choose(place, environment, count_gpus(), gpus_per_node)
     chosen = threads.choose(environment, len(os.sched_getaffinity(0)), place.local_world, on_gpu=bool(given.gpus))
     variables = {**chosen.variables, **_keras(strategy, keras, environment)}
+    if strategy is not None and not environment.get(LOG_LEVEL):
+        # 1 hides INFO; a rehearsal also hides the complaints about a CUDA that is not there. Exceptions are not logs.
+        variables[LOG_LEVEL] = "1" if given.gpus else "3"
     if given.gpus or given.virtual:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(given.gpus) or "-1"
     if strategy == "multiworker" and place.world > 1 and not environment.get("TF_CONFIG"):

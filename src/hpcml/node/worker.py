@@ -33,6 +33,8 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
     rank = int(os.environ.get("HPCML_RANK") or os.environ.get("SLURM_PROCID") or 0)
     log = open(run.log(rank), "ab", buffering=0)  # noqa: SIM115 - open until the process ends
+    if rank == 0 and rundir.read_json(run.status).get("restarts", restart) < restart:
+        run.status.unlink()  # the marker of an earlier restart
     reason, code = "", 2
     try:
         environment = {**os.environ, **plan.env.vars, "HPCML_RESTART": str(restart), "PYTHONUNBUFFERED": "1"}

@@ -108,10 +108,14 @@ async def start(kernel: AsyncKernelManager, cwd: Path) -> None:
 
 async def stop(kernel: AsyncKernelManager, client: Any, *, now: bool) -> None:
     """End the kernel and close its channels; one that is dead already is fine."""
+    if kernel.has_kernel and await kernel.is_alive():
+        if now:
+            await kernel.shutdown_kernel(now=True)
+        else:  # not shutdown_kernel: it begins with an interrupt, which an idle kernel may take for the request's
+            await kernel.request_shutdown()
+            await kernel.finish_shutdown()
     if client is not None:
         client.stop_channels()
-    if kernel.has_kernel and await kernel.is_alive():
-        await kernel.shutdown_kernel(now=now)
     await kernel.cleanup_resources()
 
 

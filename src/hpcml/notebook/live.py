@@ -165,7 +165,9 @@ class Output:
                 await asyncio.to_thread(self._deliver, self._content())
             except OSError as error:
                 if not self._warned:
-                    print(f"hpcml: warning: {self.path} can't be written: {error.strerror}", file=sys.stderr, flush=True)
+                    print(
+                        f"hpcml: warning: {self.path} can't be written: {error.strerror}", file=sys.stderr, flush=True
+                    )
                 self._warned = True
             pause = max(SAVE_S, _SAVE_SHARE * (time.monotonic() - started))
 

@@ -193,7 +193,8 @@ def from_json(data: Mapping[str, Any]) -> Comparison:
 def table(comparison: Comparison) -> "Table":
     """Return the comparison as a table that fits a terminal of 80 columns.
 
-    A state other than ``COMPLETED`` stands below its variant's name; reasons, warnings and notes below the table.
+    A state other than ``COMPLETED`` stands below its variant's name, reasons and warnings below the table. The
+    comparison's notes are left to the caller to print.
     """
     from rich import box
     from rich.table import Table
@@ -203,7 +204,7 @@ def table(comparison: Comparison) -> "Table":
         title=Text(f"{comparison.heading}\nspeed-up over {comparison.baseline}"),
         title_justify="left",
         title_style="bold",
-        caption=Text("\n".join(["", *(f"- {remark}" for remark in remarks(comparison))])),
+        caption=Text("\n".join(["", *told])) if (told := remarks(comparison)) else None,
         caption_justify="left",
         caption_style="",
         box=box.SIMPLE_HEAD,
@@ -232,11 +233,12 @@ def table(comparison: Comparison) -> "Table":
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """Return what a reader must know beside the numbers: reasons of failures, then warnings, then notes."""
+    """Return why variants failed, then what they warned of; a warning that several share is told once."""
     measured = [row.measured for row in comparison.rows]
-    failures = [f"{m.name} {m.state}: {m.error}" for m in measured if m.error]
-    warnings = [f"{m.name}: {warning}" for m in measured for warning in m.warnings]
-    return [*failures, *warnings, *comparison.notes]
+    told = [f"{m.name} {m.state}: {m.error}" for m in measured if m.error]
+    for warning in dict.fromkeys(warning for m in measured for warning in m.warnings):
+        told.append(f"{', '.join(m.name for m in measured if warning in m.warnings)}: {warning}")
+    return told
 
 
 def number_text(value: float | None) -> str:
@@ -337,17 +339,23 @@ def _warnings(
 
 
 def _error(records: Iterable[Mapping[str, Any]], status: Mapping[str, Any], run: RunDir) -> str:
-    """Of each rank's last error the earliest: when one worker dies, the others' errors only follow from it."""
+    """Of each rank's last error the earliest: when one worker dies, the others' errors only follow from it.
+
+    The marker's reason stands in, and goes first for a run that was ended from outside (TIMEOUT, CANCELLED, …).
+    """
     by_rank = {}
     for r in sorted(records, key=lambda record: int(record["t"])):
         if r["kind"] == "message" and r.get("level") == "error" and r.get("text"):
             by_rank[r["rank"]] = r
-    if by_rank:
-        return _first_line(str(min(by_rank.values(), key=lambda record: int(record["t"]))["text"]))
+    said = str(min(by_rank.values(), key=lambda record: int(record["t"]))["text"]) if by_rank else ""
+    reason = str(status.get("reason") or "")
+    if said or reason:
+        return _first_line((said or reason) if status.get("state") == "FAILED" else (reason or said))
     if not status:
         return f"no end marker: not ended yet, or killed; hpcml status {run.id}"
-    code = status.get("exit_code")
-    return f"{'no reason recorded' if code is None else f'exit code {code}'}; hpcml logs {run.id}"
+    code, signal = status.get("exit_code"), status.get("signal")
+    how = f"stopped by {signal}" if signal else "no reason recorded" if code is None else f"exit code {code}"
+    return f"{how}; hpcml logs {run.id}"
 
 
 def _first_line(text: str) -> str:

@@ -132,7 +132,8 @@ def cancel(job_id: int) -> None:
 
 def _words(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.split("error: ", 1)[-1].strip() for line in done.stderr.splitlines() if line.strip()]
-    return "; ".join(lines) or f"exit {done.returncode}"
+    fatal = [line for line in lines if "fatal: " in line]
+    return "; ".join(fatal or lines) or f"exit {done.returncode}"
 
 
 def _call(
@@ -162,5 +163,8 @@ def _call(
             f"Slurm's controller does not answer: {_words(done)}", fix="try again; scontrol ping tells more"
         )
     if check and done.returncode:
-        raise ServiceSilent(f"{argv[0]} failed: {_words(done)}", fix="scontrol ping tells whether the controller is up")
+        raise ServiceSilent(
+            f"{argv[0]} failed: {_words(done)}",
+            fix="scontrol ping tells whether the controller is up; --site local runs on this machine",
+        )
     return done

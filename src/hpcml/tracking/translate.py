@@ -1,0 +1,148 @@
+"""A run in MLflow's terms: names, numbers and texts within its limits; params, tags and states. Pure."""
+
+import functools
+import hashlib
+import math
+import posixpath
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# MLflow's limits (mlflow/utils/validation.py), in characters.
+MAX_NAME, MAX_PARAM, MAX_TAG = 250, 6000, 8000
+
+RUN_TAG, PLAN_TAG, NAME_TAG, PARENT_TAG = "hpcml.run", "hpcml.plan", "hpcml.name.", "mlflow.parentRunId"
+OURS = (RUN_TAG, PLAN_TAG, PARENT_TAG, "mlflow.runName")
+KILLED = ("CANCELLED", "TIMEOUT", "PREEMPTED", "DEADLINE")
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING")
+RESOURCES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb", "time_s")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a metric: its name in MLflow, the time in milliseconds since the epoch, the step."""
+
+    name: str
+    value: float
+    t: int
+    step: int
+
+
+@dataclass
+class Said:
+    """What a journal says besides metrics, and the original of each name that MLflow refuses."""
+
+    params: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
+    replicas: dict[str, Any] = field(default_factory=dict)
+    originals: dict[str, str] = field(default_factory=dict)
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Take in a record; the journal gives rank 0's first. A param keeps its first value, a tag its last."""
+        values = record.get("values")
+        if record["kind"] == "params" and isinstance(values, dict):
+            self.params = {**values, **self.params}
+        elif record["kind"] == "tags" and isinstance(values, dict):
+            self.tags = {**self.tags, **values} if record["rank"] == 0 else {**values, **self.tags}
+        elif record["kind"] == "replicas" and record["rank"] == 0:
+            self.replicas = dict(record)
+
+    def name(self, original: str) -> str:
+        """Return the name that MLflow takes, and keep the original where it is another."""
+        name = mlflow_name(original)
+        if name != original:
+            self.originals[name] = original
+        return name
+
+
+def points(record: Mapping[str, Any], said: Said) -> Iterator[Point]:
+    """Yield the points of a record; a value, time or step that MLflow has no room for is left out."""
+    step, values, t = record.get("step"), record.get("values"), record["t"]
+    if record["kind"] != "metric" or not isinstance(step, int) or not isinstance(values, dict):
+        return
+    if not (-(2**63) <= step < 2**63 and 0 <= t < 2**63):
+        return
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            full = name if record["rank"] == 0 else f"rank_{record['rank']}/{name}"
+            yield Point(said.name(full), double(value), t, step)
+
+
+def params(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the params of a plan: its resources and choices, the work's defaults, what was set over them."""
+    return {
+        **{f"resources.{key}": plan[key] for key in RESOURCES if key in plan},
+        **{key: plan[key] for key in ("strategy", "keras", "precision") if key in plan},
+        **(plan.get("defaults") or {}),
+        **(plan.get("params") or {}),
+    }
+
+
+def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) -> dict[str, Any]:
+    """Return the tags of a run; the work's own win, but for those that find the run again."""
+    devices = [str(name).upper() for name in said.replicas.get("devices") or ()]
+    if said.replicas.get("virtual"):
+        device = "CPU (virtual devices)"
+    elif said.replicas:
+        device = "CPU" if all("CPU" in name for name in devices) else "GPU"
+    else:
+        device = "GPU (requested)" if plan.get("gpus_per_node") else "CPU"
+    ours = {
+        "Training device": device,
+        "Phase": "Experimental",
+        "strategy": plan.get("strategy"),
+        "site": plan.get("site"),
+        "slurm_job_id": job_id,
+        "state": state,
+    }
+    own = {name: value for name, value in said.tags.items() if name not in OURS}
+    return {name: value for name, value in {**ours, **own}.items() if value is not None}
+
+
+def status(state: str) -> str:
+    """Return MLflow's status for a state of ours; the tag ``state`` keeps the difference."""
+    word = state.partition(" ")[0].rstrip("+")  # sacct says `CANCELLED by 1000` and, cut, `CANCELLED+`
+    if word in ALIVE:
+        return "RUNNING"
+    return "FINISHED" if word == "COMPLETED" else "KILLED" if word in KILLED else "FAILED"
+
+
+def double(value: float) -> float:
+    """Return a number as a database keeps it: infinities become the largest of their sign, NaN stays."""
+    try:
+        if math.isnan(value):
+            return math.nan
+    except OverflowError:  # a whole number of more than 308 digits
+        value = math.inf if value > 0 else -math.inf
+    return float(max(-sys.float_info.max, min(sys.float_info.max, value)))
+
+
+def text(value: Any, most: int) -> str:
+    """Return a value as text that any database takes: no NUL, no lone surrogate, cut at ``most`` characters."""
+    clean = str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return clean if len(clean) <= most else clean[: most - 1] + "…"
+
+
+@functools.lru_cache(maxsize=4096)
+def mlflow_name(name: str) -> str:
+    """Return a name as MLflow takes it: itself, or each refused character as ``:XX`` for each of its UTF-8 bytes.
+
+    MLflow refuses ``%`` too, hence the colon; a colon before two hex digits is escaped itself, so that no two names
+    become one. A name too long for that is cut, with a hash at its end.
+    """
+
+    def hexed(match: re.Match[str]) -> str:
+        return "".join(f":{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
+
+    escaped = re.sub(r"[^\w./: -]|:(?=[0-9A-Fa-f]{2})", hexed, name)
+    if posixpath.normpath(escaped) != escaped or escaped.startswith(("/", "..")) or escaped == ".":
+        escaped = re.sub(r"/|^\.+", hexed, escaped) or "unnamed"  # MLflow takes names for paths: `a//b`, `../a`
+    if escaped == name and len(name) <= MAX_NAME:
+        return name
+    most = MAX_NAME - len(NAME_TAG)  # so that a tag can be named after it
+    if len(escaped) <= most:
+        return escaped
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{escaped[: most - 9].rstrip('/')}-{digest}"
