@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,25 +12,28 @@
 # %% [markdown]
 # # MNIST on two GPUs, without a strategy
 #
-# A small convolutional network, trained the same way in three notebooks that differ in this title and in the section
+# A small convolutional network, trained in the same way by three notebooks that differ in this title and in the section
 # "Strategy", nowhere else. The same file runs at every scale:
 #
-#     ipython simple2GPUsOrig.py                            # in notebooks/: a laptop, or a shell in an allocation
-#     hpcml run jobs/mnist_original.toml       # a laptop, or inside an allocation
-#     sbatch jobs/mnist_original.sbatch        # queued: one node, two GPUs
+#     ipython simple2GPUsOrig.py              # in notebooks/: on a laptop, or in an allocation's shell
+#     hpcml run jobs/mnist_original.toml      # on a laptop, or inside an allocation
+#     sbatch jobs/mnist_original.sbatch       # queued: one node, two GPUs
 #     hpcml compare jobs/mnist_original.toml jobs/mnist_mirrored.toml jobs/mnist_multiworker.toml
+#
+# On 2 cores without a GPU: x
 
 # %% tags=["parameters"]
 data = "mnist"  # 5,000 real digits, offline; or a path to an .npz with x_train, y_train, x_test, y_test
-global_batch = 128  # images a step, over all replicas together: more GPUs must not change what is learned
+global_batch = 256  # images a step, over all replicas together: more GPUs must not change what is learned
 epochs = 5  # passes over the training images
-lr = 1e-3  # AdamW's learning rate; belongs to the global batch, so it stays as the number of GPUs changes
+lr = 3e-3  # AdamW's learning rate; it goes with the global batch, so it stays as the number of GPUs changes
 seed = 123  # of split, weights and order: the runs start equal and see equal batches
 
 # %% [markdown]
 # ## Strategy
 #
-# TensorFlow uses one GPU and leaves the other idle, however many are there: this is the time to beat.
+# Without a strategy TensorFlow trains on one GPU, however many it sees: this is the time to beat.
+#
 # `begin` comes first because threads, devices and the Keras flavour can't be changed once TensorFlow is imported.
 
 # %%
@@ -51,12 +55,13 @@ print(f"replicas in sync: {strategy.num_replicas_in_sync}")
 # %%
 (x_train, y_train), (x_test, y_test) = hpcml.data.load(data, seed)  # x (n, 28, 28, 1) in 0…1, y (n,)
 
-# Several processes: each takes its part of every batch. Left to itself (AUTO) TensorFlow would hand out whole files.
+# Several processes: each takes its part of every batch. The default, AUTO, would first look for files to hand out whole.
 options = tf.data.Options()
 options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
 
 # The seed makes the order the same in every process; with different orders the parts of a batch would overlap.
-# A remainder would be a smaller batch, with other gradients and one more graph to compile.
+# A remainder would be a smaller batch, with noisier gradients and a graph of its own; other images are left out each time.
+# There is no cache(): the arrays lie in memory already.
 train = tf.data.Dataset.from_tensor_slices((x_train, y_train)).shuffle(len(x_train), seed=seed)
 train = train.batch(global_batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
 test = tf.data.Dataset.from_tensor_slices((x_test, y_test)).batch(global_batch).with_options(options)
@@ -67,7 +72,7 @@ print(f"{len(train)} steps an epoch, data {hpcml.data.fingerprint([x_train, y_tr
 # %% [markdown]
 # ## Model
 #
-# The same seed gives the same weights, so every run starts from the same point: the weights' fingerprint is the same
+# The same seed gives the same weights, so every run starts from the same point: the fingerprint printed here is the same
 # in the three notebooks. What is built in the strategy's scope is copied to each replica.
 
 # %%
@@ -96,8 +101,8 @@ print(f"{model.count_params():,} weights, {hpcml.data.fingerprint(model.get_weig
 # %% [markdown]
 # ## Training
 #
-# `run.callbacks` stops here, before the first step, if fewer replicas train than there are GPUs for; it records loss,
-# accuracy and speed of each epoch, and adds nothing to a step.
+# `run.callbacks` ends the run before its first step if other replicas train than the strategy should have here. It
+# records loss, accuracy and speed of each epoch, and adds nothing to a step.
 
 # %%
 history = model.fit(
@@ -109,7 +114,7 @@ assert history["loss"][-1] <= history["loss"][0], "the loss has not gone down"
 # %% [markdown]
 # ## Result
 #
-# Strategies differ in speed, not in accuracy. The first epoch builds the graph, so it doesn't count for speed.
+# Strategies may differ in speed, not in accuracy. The first epoch builds the graph, so it doesn't count for speed.
 
 # %%
 result = model.evaluate(test, verbose=0, return_dict=True)

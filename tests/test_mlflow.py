@@ -161,6 +161,7 @@ class Door(http.server.ThreadingHTTPServer):
         self.upstream = urlsplit(upstream).netloc
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
         self.seen: list[tuple[str, str | None]] = []
+        self.largest = 0
         self.refuse: Callable[[str, int], str | None] = lambda path, count: None
 
 
@@ -169,6 +170,7 @@ class Pass(http.server.BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.largest = max(self.server.largest, len(body))
         self.server.seen.append((self.path, self.headers.get("Authorization")))
         count = sum(path == self.path for path, _ in self.server.seen)
         verdict = self.server.refuse(self.path, count)
@@ -382,7 +384,7 @@ def test_names_are_taken_and_come_back(name: str) -> None:
         assert raw.decode("utf-8", "surrogatepass") == name
 
 
-def test_more_than_one_call_takes(tmp_path: Path, server: tuple[str, str]) -> None:
+def test_more_than_one_call_takes(tmp_path: Path, door: Door) -> None:
     run = make_run(tmp_path / "runs", experiment="many")
     with contextlib.closing(Journal(run.event_file(0, 0, "rank"))) as writer:
         for step in range(3):
@@ -390,9 +392,10 @@ def test_more_than_one_call_takes(tmp_path: Path, server: tuple[str, str]) -> No
         writer.metric(0, {"界" * 200 + str(n): n for n in range(1000)})  # 1.2 MB in JSON, more than a request may have
         writer.write("params", values={f"p{n}": n for n in range(250)})
         writer.write("tags", values={f"t{n}": n for n in range(250)})
-    assert deliver(run, server[0]).points == 4300
-    (found,) = runs(server[0], "many")
+    assert deliver(run, door.uri).points == 4300
+    (found,) = runs(door.uri, "many")
     assert len(found.data.metrics) == 2100
+    assert 500_000 < door.largest < 1_000_000
     assert found.data.params["p249"] == "249" and found.data.tags["t249"] == "249"
 
 
@@ -507,12 +510,14 @@ def test_what_was_deleted_in_mlflow_is_an_error_with_a_way_out(tmp_path: Path, s
     (found,) = runs(sqlite)
     client(sqlite).delete_experiment(found.info.experiment_id)
     fix = f"mlflow experiments restore --experiment-id {found.info.experiment_id}"
-    for _ in range(2):
+    noted = run.delivered.read_bytes()
+    for _ in range(2):  # with delivered.json and without
         with pytest.raises(HpcmlError, match=fix) as caught:
             deliver(run, sqlite)
         assert not isinstance(caught.value, ServiceSilent)
         run.delivered.unlink(missing_ok=True)
-    client(sqlite).restore_experiment(found.info.experiment_id)
+    run.delivered.write_bytes(noted)
+    client(sqlite).restore_experiment(found.info.experiment_id)  # and all runs in it, the first one too
     assert deliver(run, sqlite).run_id == anew.run_id
 
 
@@ -656,7 +661,11 @@ def test_nothing_is_printed_sent_elsewhere_or_left_behind(tmp_path: Path) -> Non
     train(run)
     folder = tmp_path / "with space ü"
     arguments = [sys.executable, "-c", LOUD, str(run.root), run.id, f"sqlite:///{folder}/sub/mlflow.db"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_CURRENT_TEST")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("CI", "PYTEST_CURRENT_TEST", "_MLFLOW_TELEMETRY_SESSION_ID")
+    }
     done = subprocess.run(
         arguments, capture_output=True, text=True, cwd=tmp_path, env={**environment, "PYTHONPATH": SRC}, timeout=120
     )

@@ -1,6 +1,7 @@
 """A fair comparison: the same work by several strategies, one after the other, each with a run directory of its own."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def parent_of(plans: Sequence[Plan]) -> Plan:
     cores = max(plan.tasks_per_node * plan.cpus_per_task for plan in plans)
     memory = [plan.mem_gb for plan in plans if plan.mem_gb]
     largest = max(plans, key=lambda plan: plan.gpus_per_node)
-    name = f"compare-{first.experiment}"[:64]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"compare-{first.experiment}")[:64]
     return dataclasses.replace(
         first,
         name=name,

@@ -15,7 +15,7 @@ from .slurm import commands
 from .slurm.text import Partition
 
 _CELL = re.compile(r"^# %%(.*)$", re.MULTILINE)
-_PARAMETERS_TAG = re.compile(r"""tags\s*=\s*\[[^\]]*["']parameters["']""")
+PARAMETERS_TAG = re.compile(r"""tags\s*=\s*\[[^\]]*["']parameters["']""")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def gather(job: Job, site: Site, *, ask_queue: bool = True) -> Facts:
     Args:
         ask_queue: whether to ask sinfo; a bare render and a node of the allocation don't.
     """
-    target = job.project / job.target[0] if job.work != "command" and job.target else None
+    target = job.project / job.target[0] if job.work in ("notebook", "script") and job.target else None
     exists = target.is_file() if target else None
     partitions = tuple(commands.partitions()) if ask_queue and site.scheduler == "slurm" else ()
     local = site.scheduler == "local"
@@ -107,7 +107,7 @@ def _notebook_cell(path: Path, text: str) -> str:
 def _percent_cell(text: str) -> str:
     marks = list(_CELL.finditer(text))
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        if _PARAMETERS_TAG.search(mark[1]):
+        if PARAMETERS_TAG.search(mark[1]):
             return text[mark.end() : following.start() if following else len(text)]
     return ""
 

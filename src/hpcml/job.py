@@ -77,10 +77,11 @@ class Job:
 
     Attributes:
         name: the job's name, also of its runs.
-        work: ``notebook``, ``script`` or ``command``.
-        target: path of the notebook or script relative to ``project``; for a command, its words.
+        work: ``notebook``, ``script``, ``command``, or ``function`` for a function of Python.
+        target: path of the notebook or script relative to ``project``; a command's words; a function's name.
         project: the folder that paths are relative to and that is snapshotted.
         path: the job file, None for a job made in Python.
+        typed: ``-p`` values as typed that replace nothing in the job file: the work's own default may give their type.
         origins: for each dotted key, where its value came from.
     """
 
@@ -97,17 +98,25 @@ class Job:
     params: Mapping[str, Scalar] = field(default_factory=dict)
     slurm: SlurmOptions = SlurmOptions()
     env: Environment = Environment()
+    typed: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
-def load(path: str | Path, params: Mapping[str, str] | None = None, settings: Mapping[str, str] | None = None) -> Job:
+def load(
+    path: str | Path,
+    params: Mapping[str, str] | None = None,
+    settings: Mapping[str, str] | None = None,
+    *,
+    function: str | None = None,
+) -> Job:
     """Read a job file, its bases, and the overrides given on the command line.
 
     Args:
         path: the job file.
-        params: ``-p`` values as typed; each takes the type of the value that it replaces, else it is read as a TOML
-            literal where it is one and as a string where not.
+        params: ``-p`` values as typed; each takes the type of the value that it replaces, in the job file or the work's
+            parameters cell, else it is read as a TOML literal where it is one and as a string where not.
         settings: ``--set table.key`` values as typed, TOML literals where they are ones, else strings.
+        function: name of a Python function to run instead of the file's work; the file then need not name any.
 
     Raises:
         HpcmlError: every problem of the file and the overrides at once.
@@ -116,21 +125,30 @@ def load(path: str | Path, params: Mapping[str, str] | None = None, settings: Ma
     tree, origins = _merge_chain(path, ())
     for key, text in (settings or {}).items():
         _assign(tree, origins, key, _literal(text), f"--set {key}")
-    declared = tree.get("params")
-    table = declared if isinstance(declared, dict) else tree.setdefault("params", {})
+    declared = tree.setdefault("params", {})
+    table = declared if isinstance(declared, dict) else {}
+    typed = {key: text for key, text in (params or {}).items() if key not in table}
     for key, text in (params or {}).items():
-        table[key] = _typed_like(table.get(key), text)
+        table[key] = typed_like(table.get(key), text)
         origins[f"params.{key}"] = f"-p {key}"
-    return from_tree(tree, origins, project_of(path), path)
+    return from_tree(tree, origins, project_of(path), path, function=function, typed=typed)
 
 
-def from_tree(tree: Mapping[str, Any], origins: Mapping[str, str], project: Path, path: Path | None = None) -> Job:
+def from_tree(
+    tree: Mapping[str, Any],
+    origins: Mapping[str, str],
+    project: Path,
+    path: Path | None = None,
+    *,
+    function: str | None = None,
+    typed: Mapping[str, str] | None = None,
+) -> Job:
     """Check a merged tree of keys and make a ``Job`` of it; every problem is reported at once."""
     check = _Checker(origins)
-    top = {f.name for f in fields(Job)} - {"work", "target", "project", "path", "origins"} | {"base", *WORK_KEYS}
+    top = {f.name for f in fields(Job)} - {"work", "target", "project", "path", "typed", "origins"} | {"base", *WORK_KEYS}
     check.unknown(tree, top, "")
     named = [key for key in WORK_KEYS if key in tree]
-    if len(named) != 1:
+    if len(named) != 1 and function is None:
         where = origins.get(named[0], "") if named else (str(path) if path else "")
         what = f"{' and '.join(named)} are both set" if named else "nothing to run"
         check.add(what, where, allowed=f"exactly one of {', '.join(WORK_KEYS)}")
@@ -140,6 +158,8 @@ def from_tree(tree: Mapping[str, Any], origins: Mapping[str, str], project: Path
         check.add(
             "command is empty", origins.get("command", ""), allowed='a list of words, such as ["python", "train.py"]'
         )
+    if function is not None:
+        work, target = "function", (function,)
     job = Job(
         name=check.name(tree, path),
         work=work,
@@ -154,6 +174,7 @@ def from_tree(tree: Mapping[str, Any], origins: Mapping[str, str], project: Path
         params=check.params(check.table(tree, "params")),
         slurm=_slurm(check, check.table(tree, "slurm")),
         env=_environment(check, check.table(tree, "env")),
+        typed=dict(typed or {}),
         origins=dict(origins),
     )
     check.finish()
@@ -215,7 +236,9 @@ def _merge_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], di
     for key in WORK_KEYS:  # a variant says what it runs; its base's notebook, script or command then gives way
         if named_here and key not in named_here:
             below.pop(key, None)
+            below_origins.pop(key, None)
     below.pop("name", None)  # each file names its own job, by default after itself
+    below_origins.pop("name", None)
     return _merge(below, tree), {**below_origins, **origins}
 
 
@@ -271,15 +294,21 @@ def _assign(tree: dict[str, Any], origins: dict[str, str], key: str, value: Any,
 
 
 def _literal(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
-    except (tomllib.TOMLDecodeError, KeyError):
+    if "\n" in text:
         return text
+    try:  # inside braces a `# comment` or a second value makes it no literal
+        found = tomllib.loads(f"_ = {{_ = {text}}}")["_"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return found["_"] if list(found) == ["_"] else text
 
 
-def _typed_like(default: Any, text: str) -> Any:
+def typed_like(default: Any, text: str) -> Any:
+    """Return a value typed on the command line with the type of its default; None is no default."""
     if isinstance(default, str):
         return text
+    if isinstance(default, bool) and text in ("True", "False"):
+        return text == "True"
     value = _literal(text)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

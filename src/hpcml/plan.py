@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import HpcmlError, Problem, nearest
 from .facts import Facts
-from .job import Environment, Job, Resources, Scalar, SlurmOptions, clock, seconds
+from .job import Environment, Job, Resources, Scalar, SlurmOptions, clock, seconds, typed_like
 from .site import Limits, Site
 
 ONE_PROCESS = ("original", "mirrored")
@@ -23,7 +23,7 @@ class Plan:
     """A job as it will run. ``render``, ``submit``, ``check`` and ``run`` share it.
 
     Attributes:
-        target: notebook or script relative to the project; for a command, its words.
+        target: notebook or script relative to the project; a command's words; a function's name.
         job_file: relative to the project where it lies inside; None for a job made in Python.
         gres: value of Slurm's ``--gres`` for each node; None without GPUs.
         mem_gb: GiB a node; None leaves it to the site.
@@ -96,6 +96,7 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
     Raises:
         HpcmlError: all problems at once: over-asks, missing files, unknown parameters, strategies that don't fit.
     """
+    job = _typed_by_work(job, facts)
     origins = dict(job.origins)
     notes: list[str] = []
     asked = job.resources
@@ -167,6 +168,13 @@ def unfair(plans: Mapping[str, Plan]) -> list[Problem]:
     ]
 
 
+def _typed_by_work(job: Job, facts: Facts) -> Job:
+    """Give ``-p`` values the types of the work's own defaults."""
+    declared = facts.declared.defaults if facts.declared else {}
+    typed = {k: typed_like(declared[k], text) for k, text in job.typed.items() if declared.get(k) is not None}
+    return dataclasses.replace(job, params={**job.params, **typed})
+
+
 def _shape(job: Job, asked: Resources) -> list[Problem]:
     tasks = asked.nodes * asked.tasks_per_node
     problems = []
@@ -192,6 +200,15 @@ def _shape(job: Job, asked: Resources) -> list[Problem]:
 
 def _work(job: Job, facts: Facts) -> list[Problem]:
     problems = []
+    if job.work in ("notebook", "script") and (
+        os.path.isabs(job.target[0]) or f"{os.path.normpath(job.target[0])}/".startswith("../")
+    ):
+        # The snapshot could not hold it, and its parameters would be written into the original.
+        where = job.origins.get(job.work, job.work)
+        fix = "move it there, or set HPCML_PROJECT to a folder that holds it"
+        problems.append(
+            Problem(f"{job.target[0]} is no path inside the project", where, f"relative to {job.project}", fix)
+        )
     if job.work == "notebook" and not job.target[0].endswith(".ipynb"):
         problems.append(
             Problem(f"{job.target[0]} is no notebook", job.origins.get("notebook", ""), "a path ending in .ipynb")

@@ -5,6 +5,8 @@ TIMEOUT past the time limit, else UNKNOWN with the reason.
 """
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,12 +79,15 @@ def state_of(run: RunDir) -> State:
             name=marker["state"], reason=marker.get("reason", ""), source="marker",
             exit_code=marker.get("exit_code"), **common,
         )  # fmt: skip
+    if submitted.get("array"):
+        return _of_array(run, int(submitted["array"]), common)
     if job_id is None:
-        return _without_slurm(run, marker, common)
-    known = commands.job_state(job_id)
+        return _without_slurm(run, common)
+    in_array = "array_index" in submitted
+    known = commands.job_state(f"{job_id}_{submitted['array_index']}" if in_array else job_id)
     if known is None:
         return _forgotten(run, marker, common)
-    if "/" in run.id and not known.ended:
+    if "/" in run.id and not in_array and not known.ended:
         return _variant(run, marker, common)
     if known.ended:
         return _settled(run, marker, known, common)
@@ -96,6 +101,20 @@ def _variant(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> Sta
     if any(run.logs.glob("out.*.txt")):
         return State(name="RUNNING", source="hpcml", **common)
     return State(name="PENDING", reason="waits for its turn in the comparison", source="hpcml", **common)
+
+
+def _of_array(run: RunDir, count: int, common: dict[str, Any]) -> State:
+    """An array goes on while one of its jobs does; it is COMPLETED when all of them are, else as the first that isn't."""
+    ended: list[State] = []
+    for index in range(count):
+        state = state_of(run.child(str(index)))
+        if not state.is_final:
+            done = {"progress": f"{len(ended)} of {count} or more have ended"} if ended else {}
+            return State(name=state.name, reason=state.reason, source=state.source, **{**common, **done})
+        ended.append(state)
+    worst = next((state for state in ended if state.name != "COMPLETED"), ended[0])
+    reason = f"{worst.run_id}: {worst.reason}" if worst.name != "COMPLETED" else ""
+    return State(name=worst.name, reason=reason, source=worst.source, exit_code=worst.exit_code, **common)
 
 
 def _settled(run: RunDir, marker: dict[str, Any], known: JobState, common: dict[str, Any]) -> State:
@@ -150,17 +169,44 @@ def cancel(run: RunDir) -> State:
     state = state_of(run)
     if state.is_final:
         return state
-    if state.slurm_job_id is None:
+    submitted = rundir.read_json(run.submitted)
+    if state.slurm_job_id is not None:
+        in_array = "array_index" in submitted
+        commands.cancel(f"{state.slurm_job_id}_{submitted['array_index']}" if in_array else state.slurm_job_id)
+    elif submitted.get("array"):
+        for index in range(int(submitted["array"])):
+            cancel(run.child(str(index)))
+    elif rundir.read_json(run.plan).get("work") == "function":
+        _end_here(run)
+    else:
         raise HpcmlError(f"run {run.id} is not a Slurm job", fix="it runs in a terminal of yours: Ctrl-C there")
-    commands.cancel(state.slurm_job_id)
     return state
+
+
+def _end_here(run: RunDir) -> None:
+    """End a function on this machine: its processes belong to no terminal. One that had not begun gets its marker here."""
+    told: set[int] = set()
+    while not rundir.read_json(run.status).get("final") and rundir.owner_is_alive(run):
+        owner = rundir.read_json(run.owner)
+        if owner["host"] != os.uname().nodename:
+            raise HpcmlError(f"run {run.id} runs on {owner['host']}", fix=f"hpcml cancel {run.id} there")
+        if owner["pid"] not in told:
+            told.add(owner["pid"])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(owner["pid"], signal.SIGTERM)
+        time.sleep(POLL_S / 10)
+    if not rundir.read_json(run.status):
+        now = time.time()
+        marker = {"state": "CANCELLED", "exit_code": 143, "final": True, "reason": "cancelled before it began"}
+        rundir.write_json(run.status, {**marker, "started": now, "ended": now, "restarts": 0})
 
 
 def log_paths(run: RunDir) -> list[Path]:
     """Return a run's logs: Slurm's own first, then each rank's by rank; of a comparison those of its variants."""
     slurm = sorted(run.logs.glob("slurm-*.out"))
     ranks = sorted(run.logs.glob("out.*.txt"), key=lambda path: int(path.name.split(".")[1]))
-    children = [path for child in sorted(run.path.glob("*/logs")) for path in sorted(child.glob("out.*.txt"))]
+    variants = sorted(path for path in run.path.glob("*/logs") if path.parent != run.code)
+    children = [path for child in variants for path in sorted(child.glob("out.*.txt"))]
     return slurm + ranks + children
 
 
@@ -186,12 +232,17 @@ def follow(run: RunDir, ended: Callable[[], bool], poll_s: float = POLL_S / 2) -
         time.sleep(poll_s)
 
 
-def _without_slurm(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> State:
-    """A local or bare run: it is running while its logs or events are, and else it died without a word."""
-    if marker:
-        return State(name=str(marker["state"]), reason=str(marker.get("reason", "")), source="marker", **common)
+def _without_slurm(run: RunDir, common: dict[str, Any]) -> State:
+    """A local or bare run: it is running while its process is; that one has left a marker, or died without a word."""
     if rundir.owner_is_alive(run):
         return State(name="RUNNING", source="hpcml", **common)
+    marker = rundir.read_json(run.status)  # again: it may have been written, and the process ended, since
+    if marker:
+        seen = {key: marker.get(key) for key in ("started", "ended", "replicas_in_sync", "exit_code")}
+        reason = str(marker.get("reason", ""))
+        return State(name=str(marker["state"]), reason=reason, source="marker", **{**common, **seen})
+    if "/" in run.id and not run.owner.exists() and rundir.owner_is_alive(RunDir(run.root, run.id.split("/")[0])):
+        return State(name="PENDING", reason="waits for its turn in the comparison", source="hpcml", **common)
     reason = "its process ended without an end marker"
     return State(name="UNKNOWN", reason=reason, source="hpcml", **common)
 
@@ -202,12 +253,15 @@ def _forgotten(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> S
     begun = marker.get("started") or common.get("submitted") or 0
     seen_until = marker.get("ended") or time.time()
     limit = plan.get("time_s") or 0
-    if marker and marker.get("signal") and limit and float(seen_until) - float(begun) >= limit - LATE_S:
+    early = min(LATE_S, limit / 2)  # a short limit leaves no room for all of it
+    if marker and marker.get("signal") and limit and float(seen_until) - float(begun) >= limit - early:
         name, reason = "TIMEOUT", f"signal {marker['signal']} at the time limit; Slurm has forgotten the job"
     elif marker and marker.get("exit_code") == 137:
         name, reason = "FAILED", "killed by SIGKILL (often out of memory); Slurm has forgotten the job"
     elif marker and not marker.get("signal"):
         name, reason = str(marker["state"]), str(marker.get("reason", ""))
+    elif marker:
+        name, reason = "UNKNOWN", f"ended by {marker['signal']} before its time limit; Slurm has forgotten the job"
     elif limit and time.time() > float(begun) + limit + LATE_S and any(run.logs.glob("*")):
         name, reason = "TIMEOUT", "past its time limit without an end marker; Slurm has forgotten the job"
     else:

@@ -116,6 +116,10 @@ class RunDir:
         """One worker's own marker."""
         return self.path / f"status.{rank}.json"
 
+    def error_of(self, rank: int) -> Path:
+        """The exception that ended a rank's function: its type, message and traceback."""
+        return self.path / f"error.{rank}.json"
+
     def notebook(self, rank: int) -> Path:
         """The executed notebook; rank 0 has the first name."""
         return self.path / ("notebook.ipynb" if rank == 0 else f"notebook.{rank}.ipynb")
@@ -158,9 +162,10 @@ def create(root: Path, name: str, stamp: float | None = None) -> RunDir:
     raise HpcmlError(f"{root} holds 10,000 runs of one second named {name}", fix="hpcml runs prune")
 
 
-def claim(run: RunDir) -> None:
-    """Note that this process runs the run, so that others can tell whether it still does."""
-    write_json(run.owner, {"host": os.uname().nodename, "pid": os.getpid(), "start": _start_time(os.getpid())})
+def claim(run: RunDir, pid: int | None = None) -> None:
+    """Note that a process, by default this one, runs the run, so that others can tell whether it still does."""
+    pid = os.getpid() if pid is None else pid
+    write_json(run.owner, {"host": os.uname().nodename, "pid": pid, "start": _start_time(pid)})
 
 
 def owner_is_alive(run: RunDir) -> bool:
@@ -192,7 +197,7 @@ def every(root: Path) -> Iterator[RunDir]:
         run = RunDir(root, name)
         if run.plan.exists():
             yield run
-        for child in sorted(run.path.glob("*/plan.json")):
+        for child in sorted(path for path in run.path.glob("*/plan.json") if path.parent != run.code):
             yield RunDir(root, f"{name}/{child.parent.name}")
 
 

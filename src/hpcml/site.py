@@ -142,14 +142,19 @@ def _from_tree(path: Path, tree: Mapping[str, Any]) -> Site:
     for key in top & set(tree) - {"limits", "partitions"}:
         want: type = type(getattr(Site("x"), key)) if key != "mem_gb_per_gpu" else int
         value = tuple(tree[key]) if want is tuple and isinstance(tree[key], list) else tree[key]
-        if not isinstance(value, want) or isinstance(value, bool):
-            problems.append(Problem(f"{key} = {tree[key]!r} has the wrong type", str(path), want.__name__))
+        texts = want is not tuple or all(isinstance(item, str) for item in value)
+        if not isinstance(value, want) or isinstance(value, bool) or not texts:
+            allowed = "a list of strings" if want is tuple else want.__name__
+            problems.append(Problem(f"{key} = {tree[key]!r} has the wrong type", str(path), allowed))
         else:
             values[key] = value
     if tree.get("scheduler", "slurm") not in SCHEDULERS:
         problems.append(Problem(f"scheduler = {tree['scheduler']!r}", str(path), ", ".join(SCHEDULERS)))
     values["limits"] = _limits(problems, tree.get("limits", {}), path, "limits.")
     partitions = tree.get("partitions", {})
+    if not isinstance(partitions, dict):
+        problems.append(Problem(f"partitions = {partitions!r} is not a table", str(path), "[partitions.NAME]"))
+        partitions = {}
     values["partitions"] = {
         name: _limits(problems, table, path, f"partitions.{name}.") for name, table in partitions.items()
     }

@@ -5,35 +5,42 @@ In a git checkout it holds the files that git tracks and the untracked ones that
 folders and environments. Files over ``LARGEST_BYTES`` are linked, not copied.
 """
 
-import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import HpcmlError
+from .facts import PARAMETERS_TAG
 from .job import Scalar
 
 LARGEST_BYTES = 10 * 2**20
 # Beyond this a folder is hardly a project: somebody submits from $HOME.
 MOST_FILES = 20_000
-_SKIPPED = frozenset(["__pycache__", "node_modules", "runs", "mlartifacts", "mlruns"])
+_SKIPPED = frozenset(["__pycache__", "node_modules", "mlartifacts", "mlruns"])
 
 
-def take(project: Path, target: Path, *, skip: Path | None = None) -> int:
+def take(project: Path, target: Path, *, skip: Path | None = None, work: str | None = None) -> int:
     """Copy a project's files to ``target`` and return how many there were.
 
     Args:
         target: made here, 0700; what is there already is left alone.
         skip: a folder inside the project that is no part of it: the runs folder.
+        work: the notebook or script to run, relative to the project; it is a copy even where git ignores it or it is
+            large, so that neither edits reach the run nor the run the original.
 
     Raises:
         HpcmlError: the folder holds more than ``MOST_FILES`` files, or one can't be read.
     """
     target.mkdir(mode=0o700, exist_ok=True)
+    if skip:  # as a path below the project, whichever symbolic links either was named by
+        skip = project / os.path.relpath(os.path.realpath(skip), os.path.realpath(project))
     listed = _git_files(project)
     names = _walk(project, skip) if listed is None else iter(listed)
+    if work:
+        _copy(project, work, target, largest=float("inf"))
     count = 0
     for name in names:
         source = project / name
@@ -45,7 +52,7 @@ def take(project: Path, target: Path, *, skip: Path | None = None) -> int:
                 f"{project} holds more than {MOST_FILES} files; a snapshot of it is no use",
                 fix="work in a project folder of its own (git init), or set HPCML_PROJECT to it",
             )
-        _copy(source, target / name)
+        _copy(project, name, target)
     if listed is not None:
         _link_ignored(project, target, skip)
     return count
@@ -53,13 +60,14 @@ def take(project: Path, target: Path, *, skip: Path | None = None) -> int:
 
 def inject(script: Path, params: Mapping[str, Scalar]) -> None:
     """Put a cell with the parameters after the cell tagged ``parameters`` of a percent script, as papermill does."""
-    lines = script.read_text(encoding="utf-8").splitlines(keepends=True)
+    # surrogateescape keeps bytes that aren't UTF-8; only \n ends a line, as for Python.
+    lines = re.findall(r"[^\n]*\n|[^\n]+", script.read_text(encoding="utf-8", errors="surrogateescape"))
     marks = [i for i, line in enumerate(lines) if line.startswith("# %%")]
-    tagged = next(i for i in marks if "parameters" in lines[i] and "tags" in lines[i])
+    tagged = next(i for i in marks if PARAMETERS_TAG.search(lines[i]))
     end = next((i for i in marks if i > tagged), len(lines))
     cell = ['# %% tags=["injected-parameters"]\n', *(f"{k} = {python_literal(v)}\n" for k, v in params.items()), "\n"]
     before = lines[:end] if lines[end - 1].endswith("\n") else [*lines[: end - 1], lines[end - 1] + "\n"]
-    script.write_text("".join([*before, *cell, *lines[end:]]), encoding="utf-8")
+    script.write_text("".join([*before, *cell, *lines[end:]]), encoding="utf-8", errors="surrogateescape")
 
 
 def python_literal(value: Scalar) -> str:
@@ -70,7 +78,8 @@ def python_literal(value: Scalar) -> str:
 
 
 def _git_files(project: Path) -> list[str] | None:
-    return _git(project, "--cached", "--others", "--exclude-standard", "--deduplicate")
+    listed = _git(project, "--cached", "--others", "--exclude-standard")
+    return None if listed is None else list(dict.fromkeys(listed))  # a file in conflict is listed three times
 
 
 def _git(project: Path, *options: str) -> list[str] | None:
@@ -88,11 +97,14 @@ def _git(project: Path, *options: str) -> list[str] | None:
 def _walk(project: Path, skip: Path | None) -> Iterator[str]:
     for folder, subfolders, files in os.walk(project):
         here = Path(folder)
+        # os.walk does not enter linked folders: they are linked again, like a file.
+        files += [name for name in subfolders if (here / name).is_symlink()]
         subfolders[:] = [
             name
             for name in subfolders
             if not name.startswith(".")
             and name not in _SKIPPED
+            and not (name == "runs" and here == project)
             and here / name != skip
             and not (here / name / "pyvenv.cfg").exists()
         ]
@@ -100,20 +112,29 @@ def _walk(project: Path, skip: Path | None) -> Iterator[str]:
             yield os.path.relpath(here / name, project)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(project: Path, name: str, folder: Path, largest: float = LARGEST_BYTES) -> None:
+    source, target = project / name, folder / name
+    if not os.path.lexists(source) or os.path.lexists(target):
+        return  # tracked by git and deleted in the work tree; or here already
     try:
-        size = source.lstat().st_size
-    except FileNotFoundError:
-        return  # tracked by git, deleted in the work tree
-    if not target.parent.is_dir():
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        if source.is_symlink() and not os.path.isabs(link := os.readlink(source)):
-            os.symlink(link, target)
-        elif source.is_dir() or size > LARGEST_BYTES:
+        if _stays_inside(project, source):
+            os.symlink(os.readlink(source), target)
+        elif source.is_dir() or (source.is_file() and source.stat().st_size > largest):
             os.symlink(source.absolute(), target)
         elif source.is_file():
             shutil.copy2(source, target)
+    except OSError as error:
+        fix = "make it readable, free space, or let git ignore it"
+        raise HpcmlError(f"{source} can't be copied to {target}: {error.strerror}", fix=fix) from None
+
+
+def _stays_inside(project: Path, source: Path) -> bool:
+    """Whether it is a relative link to something in the project: such a link is right in the copy too."""
+    if not source.is_symlink() or os.path.isabs(link := os.readlink(source)):
+        return False
+    end = os.path.normpath(source.parent / link)
+    return end == str(project) or end.startswith(f"{project}{os.sep}")
 
 
 def _link_ignored(project: Path, target: Path, skip: Path | None) -> None:
@@ -123,5 +144,14 @@ def _link_ignored(project: Path, target: Path, skip: Path | None) -> None:
         source, link = project / name, target / name.rstrip("/")
         if source.name in _SKIPPED or (skip and (source == skip or source in skip.parents)):
             continue
-        if link.parent.is_dir() and not os.path.lexists(link):
-            os.symlink(source.absolute(), link)
+        if link.parent.is_dir():
+            _link(source.absolute(), link)
+
+
+def _link(source: Path, link: Path) -> None:
+    """Link a path; where a folder is there already (it holds the work's copy), what else is in it."""
+    if not os.path.lexists(link):
+        os.symlink(source, link)
+    elif link.is_dir() and not link.is_symlink():
+        for entry in source.iterdir():
+            _link(entry, link / entry.name)

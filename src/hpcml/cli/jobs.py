@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from .. import job as jobs
-from .. import queue, rundir
+from .. import rundir
 from ..errors import BAD_INPUT, DONE, INTERRUPTED, HpcmlError
 from ..launch.prepare import Prepared, prepare
-from . import show
 from .root import json_option, site_option
 
 
@@ -104,6 +103,7 @@ def check_command(
 ) -> int:
     """Preflight: limits, start estimate, file systems, environment; nothing is created or submitted."""
     from ..preflight import check
+    from . import show
 
     ready = prepare(job, site, dict(params), dict(settings))
     found = check(ready)
@@ -165,6 +165,8 @@ def submit_command(
         return DONE
     run, job_id = slurm.submit(ready.plan, ready.site, script)
     if as_json and not wait:
+        from . import show
+
         show.echo_json({"run": run.id, "slurm_job_id": job_id, "path": str(run.path)})
     else:
         announce(ready, f"run {run.id}, job {job_id}", to_stderr=as_json)
@@ -173,6 +175,8 @@ def submit_command(
 
 def wait_for(run: rundir.RunDir, as_json: bool) -> int:
     """Wait for a queued run; an interrupted wait leaves the job."""
+    from . import show
+
     try:
         show.wait(run)
     except KeyboardInterrupt:
@@ -183,6 +187,9 @@ def wait_for(run: rundir.RunDir, as_json: bool) -> int:
 
 def ended(run: rundir.RunDir, as_json: bool, *, log_tail: bool = True) -> int:
     """Say how a run ended and return the exit code: 130 where the person ended it."""
+    from .. import queue
+    from . import show
+
     state = queue.state_of(run)
     with quiet_stdout(as_json):
         code = show.finish(run, state, log_tail=log_tail)

@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from ..errors import HpcmlError, nearest
 
@@ -105,12 +106,13 @@ def _from_file(path: Path) -> "tuple[Split, Split]":
 
     origin = f"data {str(path)!r}"
     try:
-        with np.load(path, allow_pickle=False) as file:  # a pickle in a data file would run code
+        # A pickle in a data file would run code.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             missing = [key for key in ARRAYS if key not in file]
             if missing:
                 raise HpcmlError(f"{', '.join(missing)} missing", origin=origin, allowed=_WANTED)
             x_train, y_train, x_test, y_test = (file[key] for key in ARRAYS)
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # no file, no zip, a pickle, a lone array
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         raise HpcmlError(f"cannot be read: {error}", origin=origin, allowed=_WANTED) from None
     parts = (x_train, y_train), (x_test, y_test)
     for part, (x, y) in zip(("train", "test"), parts, strict=True):

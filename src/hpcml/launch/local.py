@@ -82,7 +82,9 @@ def _start(plan: Plan, run_dir: RunDir) -> list[subprocess.Popen[bytes]]:
         return [_popen([*words, "--kill-on-bad-exit=1", python, "-m", "hpcml.node.worker"], environment)]
     environment = {**os.environ, **own, "HPCML_CPUS_PER_TASK": str(plan.cpus_per_task)}
     environment.setdefault("HPCML_PORT", str(topology.free_first_port(plan.tasks)))
-    ranks = ({"HPCML_RANK": str(rank), "HPCML_WORLD_SIZE": str(plan.tasks)} for rank in range(plan.tasks))
+    # submitit names a result by the last of these; its local controller knows one task, us.
+    names = ("HPCML_RANK", "SUBMITIT_LOCAL_GLOBALID") if plan.work == "function" else ("HPCML_RANK",)
+    ranks = ({**dict.fromkeys(names, str(rank)), "HPCML_WORLD_SIZE": str(plan.tasks)} for rank in range(plan.tasks))
     return [_popen([python, "-m", "hpcml.node.worker"], {**environment, **rank}) for rank in ranks]
 
 

@@ -113,6 +113,25 @@ def render_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> str:
     return "".join(parts)
 
 
+def render_functions(plan: Plan, site: Site, *, array: bool) -> str:
+    """Return the script that runs functions; submitit writes the ``#SBATCH`` lines and ends in this script.
+
+    Args:
+        array: whether each job of an array has its own run directory, named by its index, below ``$HPCML_RUN``.
+    """
+    _needs_queue(site)
+    return "".join(
+        [
+            f"#!/bin/bash\n# {plan.name}: a function, for the site {site.name}\n",
+            _ENVIRONMENT.format(runs=_shell_path(site.runs)),
+            'export HPCML_RUN="$HPCML_RUN/$SLURM_ARRAY_TASK_ID"\n' if array else "",
+            _modules(plan),
+            _PYTHON.format(candidates=_candidates(plan)),
+            _RUN.format(srun=_srun(plan)),
+        ]
+    )
+
+
 def directives(plan: Plan) -> list[str]:
     """Return the ``#SBATCH`` lines of a plan."""
     slurm = plan.slurm
@@ -142,8 +161,10 @@ def _split(option: str) -> tuple[str, str, str]:
 
 
 def _word(value: str) -> str:
-    """sbatch splits an #SBATCH line at spaces and cuts it at ``#`` unless quoted."""
-    return value if re.fullmatch(r"[\w.,:/%@+=*\[\]&|()-]*", value) else '"' + value.replace('"', '\\"') + '"'
+    """sbatch splits an #SBATCH line at spaces and cuts it at ``#`` unless quoted; a backslash escapes, in quotes too."""
+    if re.fullmatch(r"[\w.,:/%@+=*\[\]&|()-]*", value):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def _srun(plan: Plan, *, exact: bool = False) -> str:
@@ -169,7 +190,7 @@ def _candidates(plan: Plan) -> str:
 def _shell_path(path: str, *, quote: bool = False) -> str:
     """Return a site's path for use inside double quotes: variables stay, all else that a shell would act on is inert."""
     inert = re.sub(r'([`"\\])', r"\\\1", path)
-    inert = re.sub(r"\$(?![A-Za-z_{])", r"\\$", inert)
+    inert = re.sub(r"\$(?![A-Za-z_]|\{\w+\})", r"\\$", inert)
     return f'"{inert}"' if quote else inert
 
 

@@ -65,7 +65,8 @@ def environment_for(run: RunDir, plan: Plan, environment: Mapping[str, str] | No
 
 def _queue(run: RunDir, plan: Plan, script: str) -> int:
     rundir.write_bytes(run.script, script.encode())
-    output = f"--output={run.logs}/slurm-%j.out"
+    folder = str(run.logs).replace("%", "%%")  # sbatch(1), FILENAME PATTERN
+    output = f"--output={folder}/slurm-%j.out"
     job_id = commands.submit(run.script, environment_for(run, plan), Path(plan.project), [output])
     rundir.write_json(
         run.submitted, {"slurm_job_id": job_id, "submitted": time.time(), "cluster": commands.cluster_name()}

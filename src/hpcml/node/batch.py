@@ -41,12 +41,20 @@ def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) ->
     """Fill a new run directory: the code's snapshot with its parameters, the plan last."""
     project = Path(decided.project)
     if decided.work != "function":
-        snapshot.take(project, run.code, skip=run.root)
+        work = decided.target[0] if decided.work in ("notebook", "script") else None
+        snapshot.take(project, run.code, skip=run.root, work=work)
         if decided.work == "script" and decided.inject and decided.params:
             snapshot.inject(run.code / decided.target[0], decided.params)
     if slurm_job_id is not None:
         rundir.write_json(run.submitted, {"slurm_job_id": slurm_job_id, "submitted": time.time()})
     rundir.write_json(run.plan, decided.to_json())
+
+
+def forget_earlier(run: RunDir, restart: int) -> None:
+    """Remove the end marker of an earlier restart: a requeued job has not ended."""
+    marker = rundir.read_json(run.status)
+    if marker and marker.get("restarts", 0) < restart:
+        run.status.unlink(missing_ok=True)
 
 
 def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[str, object]:

@@ -82,7 +82,7 @@ def prepare(
     if strategy is not None and not environment.get(LOG_LEVEL):
         # 1 hides INFO; a rehearsal also hides the complaints about a CUDA that is not there. Exceptions are not logs.
         variables[LOG_LEVEL] = "1" if given.gpus else "3"
-    if given.gpus or given.virtual:
+    if given.gpus or given.virtual or gpus_per_node == 0:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(given.gpus) or "-1"
     if strategy == "multiworker" and place.world > 1 and not environment.get("TF_CONFIG"):
         variables["TF_CONFIG"] = topology.tf_config(place, topology.addresses(place, environment))

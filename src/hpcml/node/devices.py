@@ -48,6 +48,8 @@ def choose(topology: Topology, environment: Mapping[str, str], machine_gpus: int
     mode = environment.get("HPCML_DEVICES", "auto") or "auto"
     if mode not in MODES:
         raise HpcmlError(f"{mode!r} is not a kind of device", origin="HPCML_DEVICES", allowed=", ".join(MODES))
+    if gpus_per_node == 0 and mode != "gpu":
+        return Devices(reason="the job asks for no GPU")
     in_slurm = bool(environment.get("SLURM_JOB_ID"))
     visible = visible_gpus(environment)
     if visible is None:
@@ -57,8 +59,6 @@ def choose(topology: Topology, environment: Mapping[str, str], machine_gpus: int
     if mode == "cpu" or (mode == "auto" and not in_slurm and not (machine_gpus and given)):
         stand_for = gpus_per_node if gpus_per_node is not None else len(given) if in_slurm else 2
         why = "HPCML_DEVICES=cpu: a rehearsal" if mode == "cpu" else "this machine has no GPU"
-        if gpus_per_node == 0:
-            return Devices(reason="the job asks for no GPU")
         return Devices(virtual=max(1, stand_for // topology.local_world), reason=f"{why} on virtual CPU devices")
     if not given:
         if mode == "auto" and not gpus_per_node:
@@ -76,7 +76,17 @@ def _share(
 ) -> tuple[str, ...]:
     tasks = topology.local_world
     on_node = gpus_per_node or _count_on_node(environment) or len(given)
-    if tasks == 1 or len(given) * tasks <= on_node:
+    # Only srun gives each task its own; all other starters' tasks see one and the same list.
+    own = topology.source == "srun step"
+    if gpus_per_node and not own and tasks <= gpus_per_node:
+        if len(given) < gpus_per_node:
+            raise HpcmlError(
+                f"{gpus_per_node} GPUs a node are wanted, here are {len(given)}",
+                origin=f"GPUs {','.join(given)}",
+                fix=f"--set resources.gpus_per_node={len(given)}, or rehearse on CPUs: HPCML_DEVICES=cpu",
+            )
+        given = given[:gpus_per_node]
+    if tasks == 1 or (own and len(given) * tasks <= on_node):
         return given
     if len(given) % tasks:
         raise HpcmlError(
@@ -90,8 +100,11 @@ def _share(
 
 def _count_on_node(environment: Mapping[str, str]) -> int:
     """GPUs of the step or job on this node, by whichever variable this Slurm sets."""
+    count = environment.get("SLURM_GPUS_ON_NODE", "")
+    if count.isdecimal():
+        return int(count)
+    # These come second: with --gpus-per-task SLURM_STEP_GPUS holds this task's own only.
     for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if environment.get(name):
             return len([part for part in environment[name].split(",") if part])
-    count = environment.get("SLURM_GPUS_ON_NODE", "")
-    return int(count) if count.isdecimal() else 0
+    return 0

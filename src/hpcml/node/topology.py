@@ -53,7 +53,7 @@ def detect(environment: Mapping[str, str]) -> Topology:
         if all(environment.get(name, "") != "" for name in present):
             try:
                 return read(environment)
-            except (KeyError, ValueError) as error:
+            except (LookupError, ValueError, ZeroDivisionError) as error:
                 raise HpcmlError(f"the variables of {starter} don't fit together: {error}", origin=starter) from None
     return Topology()
 
@@ -105,7 +105,7 @@ def addresses(
     for host, name in zip(hosts, topology.hosts, strict=True):
         try:
             resolve(host)
-        except OSError:
+        except (OSError, UnicodeError):
             raise HpcmlError(
                 f"node {name} has the address {host!r}, which does not resolve here",
                 fix="ask the site for names that resolve on compute nodes, or NodeAddr in slurm.conf",
@@ -184,9 +184,12 @@ _STARTERS: tuple[tuple[str, tuple[str, ...], Callable[[Mapping[str, str]], Topol
 
 def free_first_port(count: int) -> int:
     """Return a port such that it and the next ``count - 1`` are free on the loopback address of this machine."""
-    start = FIRST_PORT + os.getpid() % (LAST_PORT - FIRST_PORT - count)
-    for offset in range(0, LAST_PORT - FIRST_PORT - count, count):
-        first = FIRST_PORT + (start - FIRST_PORT + offset) % (LAST_PORT - FIRST_PORT - count)
+    # Whole blocks, as under Slurm: the ranks bind seconds after this look, and a run started beside this one (the next
+    # process id) must not be given the same ports meanwhile.
+    each = max(PORTS_PER_JOB, count)
+    blocks = (LAST_PORT - FIRST_PORT + 1) // each
+    for turn in range(blocks):
+        first = FIRST_PORT + (os.getpid() + turn) % blocks * each
         if all(_is_free(first + i) for i in range(count)):
             return first
     raise HpcmlError(f"no {count} free ports from {FIRST_PORT} to {LAST_PORT}", fix="set HPCML_PORT")

@@ -36,6 +36,7 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     if rank == 0 and rundir.read_json(run.status).get("restarts", restart) < restart:
         run.status.unlink()  # the marker of an earlier restart
     reason, code = "", 2
+    batch.forget_earlier(run, restart)
     try:
         environment = {**os.environ, **plan.env.vars, "HPCML_RESTART": str(restart), "PYTHONUNBUFFERED": "1"}
         ready = bootstrap.prepare(environment, plan.strategy, plan.keras, plan.gpus_per_node)
@@ -70,6 +71,10 @@ def command_of(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[list[s
         place = ["--run-root", str(run.root), "--run-id", run.id, "--rank", str(rank), "--restart", str(restart)]
         return [*words, "--parameters", str(parameters), "--cwd", str(notebook.parent), *place], notebook.parent
     arguments = [] if plan.inject else [word for k, v in plan.params.items() for word in (f"--{k}", _as_word(v))]
+    if plan.work == "function":
+        # submitit keeps all calls of an array in the folder of the run above them. -P: no folder of ours is imported from.
+        folder = RunDir(run.root, run.id.split("/")[0]).functions
+        return [sys.executable, "-P", "-u", "-m", "submitit.core._submit", str(folder)], run.path
     if plan.work == "script":
         script = plan.target[0]
         runner = ["bash"] if script.endswith(".sh") else [sys.executable, "-u"]

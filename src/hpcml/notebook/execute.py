@@ -46,7 +46,6 @@ def execute(
         KeyboardInterrupt: SIGINT. SystemExit: SIGTERM, with code 143. The output notebook is written first.
     """
     node = _read(notebook)
-    _check_parameters(notebook, parameters)
     if not cwd.is_dir():
         raise HpcmlError(f"the working directory {cwd} doesn't exist", origin=str(notebook), fix="check --cwd")
     try:
@@ -54,10 +53,14 @@ def execute(
         from papermill.engines import papermill_engines
         from papermill.exceptions import PapermillExecutionError
 
-        from .engine import HpcmlEngine, Session
+        from .engine import HpcmlEngine
         from .live import Output
+        from .running import Session
     except ModuleNotFoundError as error:
         raise _no_module(error) from None
+    language = HpcmlEngine.nb_language(node)
+    if language in ("python", "ipython"):
+        _check_parameters(notebook, parameters)
     logging.getLogger("papermill").addHandler(logging.NullHandler())
     logging.getLogger("papermill").propagate = False
     papermill_engines.register("hpcml", HpcmlEngine)  # also where hpcml is imported without being installed
@@ -65,7 +68,7 @@ def execute(
     try:
         papermill.execute_notebook(
             node, None, dict(parameters), engine_name="hpcml", progress_bar=False, start_timeout=START_TIMEOUT_S,
-            kernel_name=HpcmlEngine.nb_kernel_name(node), language=HpcmlEngine.nb_language(node), session=session,
+            kernel_name=HpcmlEngine.nb_kernel_name(node), language=language, session=session,
         )  # fmt: skip
     except PapermillExecutionError as error:
         assert session.output is not None

@@ -66,8 +66,8 @@ class Specs(KernelSpecManager):  # type: ignore[misc]
 @contextmanager
 def private_folder() -> Iterator[Path]:
     """Make a folder that only the user can enter, on the node, short enough for sockets; remove it afterwards."""
-    name = max(len(os.fsencode(tempfile.gettempdir())), len("/tmp")) + len("/hpcml-12345678/k-5\0")
-    folder = Path(tempfile.mkdtemp(prefix="hpcml-", dir=None if name <= _SUN_PATH else "/tmp"))
+    longest = len(os.fsencode(tempfile.gettempdir())) + len("/hpcml-12345678/k-5\0")
+    folder = Path(tempfile.mkdtemp(prefix="hpcml-", dir=None if longest <= _SUN_PATH else "/tmp"))
     try:
         yield folder
     finally:
@@ -93,10 +93,9 @@ async def start(kernel: AsyncKernelManager, cwd: Path) -> None:
     Raises:
         HpcmlError: no such kernel, or its program can't be started.
     """
-    argv = kernel.kernel_spec.argv
     # SQLite stalls on network file systems, and ranks would share one file.
     quiet = ["--HistoryManager.enabled=False", "--HistoryManager.hist_file=:memory:"]
-    extra = quiet if any("ipykernel" in word for word in argv) else []
+    extra = quiet if _is_ipykernel(kernel) else []
     try:
         await kernel.start_kernel(extra_arguments=extra, cwd=str(cwd), stderr=subprocess.STDOUT)
     except OSError as error:
@@ -109,14 +108,22 @@ async def start(kernel: AsyncKernelManager, cwd: Path) -> None:
 async def stop(kernel: AsyncKernelManager, client: Any, *, now: bool) -> None:
     """End the kernel and close its channels; one that is dead already is fine."""
     if kernel.has_kernel and await kernel.is_alive():
-        if now:
+        if now or client is None:
             await kernel.shutdown_kernel(now=True)
-        else:  # not shutdown_kernel: it begins with an interrupt, which an idle kernel may take for the request's
-            await kernel.request_shutdown()
-            await kernel.finish_shutdown()
+        elif _is_ipykernel(kernel):
+            # On the shell channel: asked on the control channel, as shutdown_kernel does, ipykernel's control thread may
+            # wait 10 s for the output thread that its main thread has just ended; one run in fifteen on a busy node.
+            client.shell_channel.send(client.session.msg("shutdown_request", {"restart": False}))
+            await kernel.finish_shutdown(pollinterval=0.05)
+        else:
+            await kernel.shutdown_kernel()
     if client is not None:
         client.stop_channels()
     await kernel.cleanup_resources()
+
+
+def _is_ipykernel(kernel: AsyncKernelManager) -> bool:
+    return any("ipykernel" in word for word in kernel.kernel_spec.argv)
 
 
 async def obituary(kernel: AsyncKernelManager) -> str:

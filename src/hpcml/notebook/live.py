@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import rundir
-from ..errors import HpcmlError
+from ..errors import HpcmlError, JobFailed
 
 BAR_S = 10.0
 # A running notebook is written at most this often, and no more than a tenth of the time goes into writing it.
@@ -62,6 +62,7 @@ class Log:
         self._shown = ""  # what of it is written already
         self._open = False  # whether the last character written was not a newline
         self._written_at = time.monotonic()
+        self._gone = False
 
     def say(self, text: str) -> None:
         """Write whole lines."""
@@ -110,7 +111,7 @@ class Log:
         self._line = self._shown = ""
 
     def _write(self, text: str) -> None:
-        if not text:
+        if not text or self._gone:
             return
         self._open = not text.endswith("\n")
         self._written_at = time.monotonic()
@@ -118,7 +119,7 @@ class Log:
             self._out.write(text)
             self._out.flush()
         except OSError:  # a closed pipe or a full disk: the notebook's own result is worth more than its log
-            self._out = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+            self._gone = True
 
 
 class Output:
@@ -134,11 +135,26 @@ class Output:
         self.writes = 0
         self._warned = False
 
+    def begin(self, notebook: Any) -> None:
+        """Take the notebook that will grow and write it for the first time.
+
+        Raises:
+            HpcmlError: it can't be written there; better now than after a day.
+        """
+        self.notebook = notebook
+        try:
+            self._deliver(self._content())
+        except OSError as error:
+            raise HpcmlError(
+                f"the executed notebook can't be written: {error.strerror}", origin=str(self.path),
+                fix="choose a folder that exists and that you may write to, or free space",
+            ) from None  # fmt: skip
+
     def write(self) -> None:
         """Write the notebook as it stands.
 
         Raises:
-            HpcmlError: it could not be written where it belongs; it then lies in the node's temporary folder.
+            JobFailed: it could not be written where it belongs; it then lies in the node's temporary folder.
         """
         content = self._content()
         try:
@@ -147,7 +163,7 @@ class Output:
             handle, local = tempfile.mkstemp(prefix="hpcml-", suffix=".ipynb")
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            raise HpcmlError(
+            raise JobFailed(
                 f"the executed notebook can't be written: {error.strerror}", origin=str(self.path),
                 fix=f"free space or mend the folder's permissions; on {os.uname().nodename} it is {local}",
             ) from None  # fmt: skip

@@ -70,22 +70,31 @@ def test_only(script: str, cwd: Path) -> tuple[bool, str]:
 
 def partitions() -> list[text.Partition]:
     """Return what sinfo tells of the partitions."""
-    return text.partitions(_call(["sinfo", "--noheader", f"--format={text.SINFO_FORMAT}"]).stdout)
+    # --exact: else nodes that differ are one line with the least of them (sinfo(1), -e).
+    return text.partitions(_call(["sinfo", "--noheader", "--exact", f"--format={text.SINFO_FORMAT}"]).stdout)
 
 
-def job_state(job_id: int) -> text.JobState | None:
-    """Climb the ladder squeue → scontrol → sacct; None where none of them knows the job."""
+def job_state(job_id: int | str) -> text.JobState | None:
+    """Climb the ladder squeue → scontrol → sacct; None where none of them knows the job.
+
+    Args:
+        job_id: for one job of an array ``<array's id>_<index>``.
+
+    Raises:
+        ServiceSilent: one of them can't tell now, which is not the same as not knowing the job.
+    """
     queue = _call(["squeue", "--noheader", "--states=all", "--format=%T|%r", f"--jobs={job_id}"], check=False)
     if queue.returncode == 0 and queue.stdout.strip():
         return text.squeue_line(queue.stdout.strip().splitlines()[0])
+    if queue.returncode and "Invalid job id" not in queue.stderr:
+        raise ServiceSilent(f"squeue failed: {_words(queue)}", fix="try again; scontrol ping tells more")
     shown = _call(["scontrol", "--oneliner", "show", "job", str(job_id)], check=False)
     if shown.returncode == 0 and shown.stdout.strip():
         return text.scontrol_job(shown.stdout)
     fields = ["--parsable2", "--noheader", "--allocations", "--format=State,ExitCode"]
-    try:
-        account = _call(["sacct", f"--jobs={job_id}", *fields], check=False)
-    except HpcmlError:
+    if not shutil.which("sacct"):
         return None
+    account = _call(["sacct", f"--jobs={job_id}", *fields], check=False)
     if account.returncode == 0 and account.stdout.strip():
         return text.sacct_line(account.stdout.strip().splitlines()[-1])
     return None
@@ -119,8 +128,8 @@ def node_addresses(names: Sequence[str]) -> dict[str, str]:
     return {node["NodeName"]: node["NodeAddr"] for node in nodes if "NodeAddr" in node}
 
 
-def cancel(job_id: int) -> None:
-    """Cancel a job.
+def cancel(job_id: int | str) -> None:
+    """Cancel a job, an array, or one job of an array (``<array's id>_<index>``).
 
     Raises:
         HpcmlError: scancel refused, in Slurm's own words.

@@ -108,7 +108,8 @@ def tasks_per_node(expression: str) -> list[int]:
 def pairs(line: str) -> dict[str, str]:
     """Read one line of ``scontrol --oneliner show …``: ``Key=value`` words, values may hold spaces."""
     found = re.finditer(r"(?:^|\s)([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)", line.strip())
-    return {match[1]: match[2] for match in found}
+    # The first of a name counts: a job's own text (WorkDir, Comment) comes late and may look like a pair.
+    return {match[1]: match[2] for match in reversed(list(found))}
 
 
 def squeue_line(line: str) -> JobState:
@@ -143,7 +144,8 @@ def partitions(text: str) -> list[Partition]:
     found: dict[str, Partition] = {}
     for line in text.splitlines():
         name, _, nodes, cores, mem_mb, limit, gres, marked = line.strip().split("|")
-        gpus = re.findall(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres)
+        # "gpu:a100:2(S:0-1)", "gpu:1g.10gb:7" (MIG), "gpu:2,shard:8"
+        gpus = re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:(\d+)(?=[,(]|$)", gres)
         old = found.get(name)
         found[name] = Partition(
             name=name,

@@ -22,7 +22,7 @@ from . import journal, store, translate
 from .store import Store
 from .translate import MAX_PARAM, MAX_TAG, NAME_TAG, PARENT_TAG, PLAN_TAG, RUN_TAG, Point, Said, text
 
-# MLflow's limits for one call (mlflow/utils/validation.py).
+# MLflow's limits for one call (its REST API, "Log Batch"), the last in bytes of JSON.
 MAX_POINTS, MAX_PAIRS, MAX_BYTES = 1000, 100, 1_000_000
 
 
