@@ -100,6 +100,11 @@ def test_two_tasks_are_never_put_on_the_one_gpu_there_is(count: int) -> None:
         gpus(tasks(count, "0", SLURM_GPUS_ON_NODE="1"), 2, source="hpcml run")
 
 
+def test_torchrun_in_a_task_with_one_of_the_nodes_gpus_has_that_one_only() -> None:
+    with pytest.raises(HpcmlError, match="can't share them evenly"):
+        gpus(tasks(2, "0", SLURM_GPUS_ON_NODE="2"), None, source="torchrun")
+
+
 # ------------------------------------------------------------------ HPCML_DEVICES
 
 

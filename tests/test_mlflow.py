@@ -36,7 +36,7 @@ from hpcml.rundir import RunDir, read_json, write_json
 from hpcml.tracking import mlflow as delivery
 from hpcml.tracking import store, translate
 from hpcml.tracking.journal import Journal
-from hpcml.tracking.mlflow import deliver, store_uri
+from hpcml.tracking.mlflow import deliver, is_delivered, store_uri
 
 SRC = str(Path(delivery.__file__).parents[2])
 STARTED = 1_700_000_000.25
@@ -300,8 +300,11 @@ def test_artifacts_arrive_byte_by_byte_and_nothing_else(
     assert same("logs/out.0.txt") and same("notebook.ipynb")
 
 
-def test_mlflow_ui_shows_what_went_into_the_file(tmp_path: Path, server: tuple[str, str]) -> None:
+def test_mlflow_ui_shows_what_went_into_the_file(
+    tmp_path: Path, server: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     address, file = server
+    monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "runs", experiment="by file")
     train(run)
     sent = deliver(run, file)
@@ -310,7 +313,7 @@ def test_mlflow_ui_shows_what_went_into_the_file(tmp_path: Path, server: tuple[s
         assert answer.read() == run.notebook(0).read_bytes()
     assert history(address, sent.run_id, "loss") == [(step, 1 / (step + 1)) for step in range(5)]
     assert (database.parent / "mlartifacts" / sent.run_id / "artifacts" / "notebook.ipynb").is_file()
-    assert not (Path.cwd() / "mlruns").exists()
+    assert not (tmp_path / "mlruns").exists()
 
 
 NASTY = [
@@ -389,12 +392,12 @@ def test_more_than_one_call_takes(tmp_path: Path, door: Door) -> None:
     with contextlib.closing(Journal(run.event_file(0, 0, "rank"))) as writer:
         for step in range(3):
             writer.metric(step, {f"{'🦀' * 20}{n:04d}": n for n in range(1100)})  # 240 bytes in MLflow's spelling
-        writer.metric(0, {"界" * 200 + str(n): n for n in range(1000)})  # 1.2 MB in JSON, more than a request may have
+        writer.metric(0, {"界" * 200 + str(n): n for n in range(1500)})  # 1.2 MB in JSON, more than a request may have
         writer.write("params", values={f"p{n}": n for n in range(250)})
         writer.write("tags", values={f"t{n}": n for n in range(250)})
-    assert deliver(run, door.uri).points == 4300
+    assert deliver(run, door.uri).points == 4800
     (found,) = runs(door.uri, "many")
-    assert len(found.data.metrics) == 2100
+    assert len(found.data.metrics) == 2600
     assert 500_000 < door.largest < 1_000_000
     assert found.data.params["p249"] == "249" and found.data.tags["t249"] == "249"
 
@@ -765,3 +768,27 @@ def test_delivered_json_says_what_mlflow_has(tmp_path: Path, sqlite: str) -> Non
     }
     stat = run.notebook(0).stat()
     assert noted["artifacts"]["notebook.ipynb"] == [stat.st_mtime_ns, stat.st_size]
+
+
+def test_delivered_means_all_of_it(tmp_path: Path, door: Door) -> None:
+    run = make_run(tmp_path / "runs", experiment="all of it")
+    train(run)
+    assert not is_delivered(run)
+    door.refuse = lambda path, count: "500" if "mlflow-artifacts" in path else None
+    with pytest.raises(ServiceSilent):
+        deliver(run, door.uri)
+    assert run.delivered.exists() and not is_delivered(run)
+    door.refuse = lambda path, count: None
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: train(run, range(5, 6)),
+        lambda: train(run, rank=1),
+        lambda: run.log(0).write_text("more"),
+        lambda: run.plot.write_bytes(b"new"),
+        lambda: end(run, "FAILED"),
+    ]
+    for change in changes:
+        change()
+        assert not is_delivered(run)
+        deliver(run, door.uri)
+        assert is_delivered(run)

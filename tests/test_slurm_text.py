@@ -294,5 +294,3 @@ def test_a_refusal_is_in_slurms_own_words(stub: Path, tmp_path: Path) -> None:
         commands.submit(tmp_path / "s", dict(os.environ), tmp_path)
     say(stub, "sbatch", "42;zeus\n")
     assert commands.submit(tmp_path / "s", dict(os.environ), tmp_path) == 42
-
-

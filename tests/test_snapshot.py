@@ -239,7 +239,20 @@ def run(script: Path) -> object:
     return eval(done.stdout, {"inf": float("inf"), "nan": float("nan")})
 
 
-HOSTILE = ["'", '"', '"""', "\\", "$(touch pwned)", "`x`", "two\nlines", "\r\n", "ñ 火 🦊", "# %%", "\x0c\x1b\u2028", ""]
+HOSTILE = [
+    "'",
+    '"',
+    '"""',
+    "\\",
+    "$(touch pwned)",
+    "`x`",
+    "two\nlines",
+    "\r\n",
+    "ñ 火 🦊",
+    "# %%",
+    "\x0c\x1b\u2028",
+    "",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

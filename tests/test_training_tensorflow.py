@@ -126,9 +126,10 @@ def hooks():
     recorder = result["recorder"]
     return {"per batch": recorder._implements_train_batch_hooks(), "train_function": result["train_function"]}
 tell("hooks", hooks)
-schedule = tf.keras.optimizers.schedules.ExponentialDecay(0.5, decay_steps=5, decay_rate=0.5, staircase=True)
-tell("schedule", plain(lambda: train(
-    "schedule", original, tf.distribute.get_strategy(), optimizer=tf.keras.optimizers.SGD(schedule))))
+for kind in (tf.keras.optimizers, tf.keras.optimizers.legacy):
+    schedule = tf.keras.optimizers.schedules.ExponentialDecay(0.5, decay_steps=5, decay_rate=0.5, staircase=True)
+    name = "schedule" if kind is tf.keras.optimizers else "old schedule"
+    tell(name, plain(lambda: train(name, original, tf.distribute.get_strategy(), optimizer=kind.SGD(schedule))))
 tell("too late", lambda: training.configure(
     training.Expected("mirrored", virtual=True, virtual_devices=3), precision="float32"))
 """
@@ -255,8 +256,8 @@ def test_a_batch_costs_nothing(legacy):
 
 
 def test_the_rate_of_a_schedule_is_recorded(legacy, keras_3):
-    for told in (legacy, keras_3):
-        rates = [values["lr"] for step, values in told.metrics("schedule").items() if step]
+    for told, scene in ((legacy, "schedule"), (legacy, "old schedule"), (keras_3, "schedule")):
+        rates = [values["lr"] for step, values in told.metrics(scene).items() if step]
         assert rates == sorted(rates, reverse=True)
         assert 0 < rates[1] < rates[0] <= 0.5
 

@@ -4,7 +4,6 @@ Every error says what is wrong, where the value came from, what is allowed and w
 input are reported together, so that nobody mends a file one error at a time.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -60,5 +59,7 @@ class ServiceSilent(HpcmlError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the closest known name, else an empty string."""
+    import difflib  # only an error needs it
+
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {match[0]!r}?" if match else ""

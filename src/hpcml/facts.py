@@ -1,6 +1,5 @@
 """What must be looked up before a job can be resolved: the machine, the queue, the work's declared parameters."""
 
-import ast
 import json
 import os
 import re
@@ -37,7 +36,7 @@ class Facts:
         target_exists: whether the notebook or script is there; None when not looked.
         declared: None for work that takes ``--key value``.
         partitions: as sinfo tells them.
-        cores, mem_gb, gpus: of this machine; only a local run looks.
+        cores, mem_gb, gpus: of this machine; only a local run looks. In a rehearsal there are no GPUs.
     """
 
     target_exists: bool | None = None
@@ -64,7 +63,7 @@ def gather(job: Job, site: Site, *, ask_queue: bool = True) -> Facts:
         partitions=partitions,
         cores=len(os.sched_getaffinity(0)) if local else None,
         mem_gb=_memory_gb() if local else None,
-        gpus=count_gpus() if local else None,
+        gpus=(0 if os.environ.get("HPCML_DEVICES") == "cpu" else count_gpus()) if local else None,
     )
 
 
@@ -113,27 +112,24 @@ def _percent_cell(text: str) -> str:
 
 
 def _assignments(path: Path, cell: str) -> dict[str, Scalar | None]:
+    import ast  # only work with a parameters cell needs it
+
     try:
         body = ast.parse(cell).body
     except SyntaxError as error:
         raise HpcmlError(f"the parameters cell of {path} is not Python: {error.msg}, line {error.lineno}") from None
     found: dict[str, Scalar | None] = {}
     for node in body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        for target in targets:
-            if isinstance(target, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign):
-                found[target.id] = _literal(node.value)
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        try:
+            value = ast.literal_eval(node.value) if node.value is not None else None
+        except ValueError:
+            value = None
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Name):
+                found[target.id] = value if isinstance(value, str | int | float | bool) else None
     return found
-
-
-def _literal(node: ast.expr | None) -> Scalar | None:
-    try:
-        value = ast.literal_eval(node) if node is not None else None
-    except ValueError:
-        return None
-    return value if isinstance(value, str | int | float | bool) else None
 
 
 def _memory_gb() -> int:

@@ -145,7 +145,10 @@ def from_tree(
 ) -> Job:
     """Check a merged tree of keys and make a ``Job`` of it; every problem is reported at once."""
     check = _Checker(origins)
-    top = {f.name for f in fields(Job)} - {"work", "target", "project", "path", "typed", "origins"} | {"base", *WORK_KEYS}
+    top = {f.name for f in fields(Job)} - {"work", "target", "project", "path", "typed", "origins"} | {
+        "base",
+        *WORK_KEYS,
+    }
     check.unknown(tree, top, "")
     named = [key for key in WORK_KEYS if key in tree]
     if len(named) != 1 and function is None:

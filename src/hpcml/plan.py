@@ -110,7 +110,7 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
     origins.setdefault("resources.time", "default")
     if site.scheduler == "local":
         asked = _capped(asked, facts, notes, origins)
-    problems = [*_shape(job, asked), *_work(job, facts)]
+    problems = [*_shape(job, asked, facts), *_work(job, facts)]
     if site.scheduler == "slurm":
         problems += _limits(job, site, facts, asked)
     if problems:
@@ -154,6 +154,7 @@ def unfair(plans: Mapping[str, Plan]) -> list[Problem]:
         **{key: {name: plan.effective_params.get(key) for name, plan in plans.items()} for key in FAIR_PARAMS},
         "keras": {name: plan.keras for name, plan in plans.items()},
         "precision": {name: plan.precision for name, plan in plans.items()},
+        "env": {name: dataclasses.asdict(plan.env) for name, plan in plans.items()},
         "cores per run": {name: plan.cores for name, plan in plans.items()},
     }
     return [
@@ -175,7 +176,7 @@ def _typed_by_work(job: Job, facts: Facts) -> Job:
     return dataclasses.replace(job, params={**job.params, **typed})
 
 
-def _shape(job: Job, asked: Resources) -> list[Problem]:
+def _shape(job: Job, asked: Resources, facts: Facts) -> list[Problem]:
     tasks = asked.nodes * asked.tasks_per_node
     problems = []
     if job.strategy in ONE_PROCESS and tasks != 1:
@@ -193,6 +194,14 @@ def _shape(job: Job, asked: Resources) -> list[Problem]:
                 f"{asked.gpus_per_node} GPUs can't be shared evenly by {asked.tasks_per_node} tasks on a node",
                 job.origins.get("resources.gpus_per_node", "resources.gpus_per_node"),
                 "a multiple of tasks_per_node",
+            )
+        )
+    if facts.gpus and asked.tasks_per_node > 1 and facts.gpus < asked.gpus_per_node:
+        problems.append(
+            Problem(
+                f"{asked.tasks_per_node} tasks need {asked.gpus_per_node} GPUs, this machine has {facts.gpus}",
+                job.origins.get("resources.gpus_per_node", "resources.gpus_per_node"),
+                fix="--set resources.tasks_per_node=1, or a rehearsal on CPUs: HPCML_DEVICES=cpu",
             )
         )
     return problems
@@ -316,6 +325,9 @@ def _capped(asked: Resources, facts: Facts, notes: list[str], origins: dict[str,
     if facts.mem_gb is not None and asked.mem_gb is not None and facts.mem_gb < asked.mem_gb:
         changes["mem_gb"] = facts.mem_gb
         notes.append(f"memory: {facts.mem_gb} GiB instead of {asked.mem_gb}, all that this machine has")
+    if facts.gpus and facts.gpus < asked.gpus_per_node and asked.tasks_per_node == 1:
+        changes["gpus_per_node"] = facts.gpus
+        notes.append(f"GPUs: {facts.gpus} instead of {asked.gpus_per_node}, all that this machine has")
     if asked.nodes > 1:
         notes.append(f"nodes: all {tasks} tasks of {asked.nodes} nodes run on this one machine")
     for key in changes:

@@ -45,6 +45,7 @@ class Run:
         topology: this rank among all.
         devices: the devices of this rank.
         params: the job's parameters laid over the work's defaults.
+        precision: Keras's mixed precision policy.
         bare: whether no worker started it; it then writes its own end marker.
     """
 
@@ -53,6 +54,7 @@ class Run:
     topology: Topology
     devices: Devices
     params: Mapping[str, Scalar | None]
+    precision: str
     bare: bool
     journal: Journal
     began: float = field(default_factory=time.perf_counter)
@@ -163,7 +165,7 @@ def begin(strategy: str | None = None, *, new: bool = False) -> Run:
     if run.strategy is not None and first:
         from .training import tensorflow
 
-        tensorflow.configure(run._expected(), precision=_plan(run).precision)
+        tensorflow.configure(run._expected(), precision=run.precision)
     return run
 
 
@@ -187,7 +189,9 @@ def _under_worker(strategy: str | None, prepared: bootstrap.Bootstrap) -> Run:
     journal = Journal(run_dir.event_file(rank, _restart(), "rank"))
     _record_facts(journal, prepared)
     chosen = plan.strategy or strategy
-    return Run(run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, False, journal)
+    return Run(
+        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, False, journal
+    )
 
 
 def _bare(strategy: str | None) -> Run:
@@ -214,7 +218,7 @@ def _bare(strategy: str | None) -> Run:
     print(f"hpcml: run {run_dir.id} · {strategy or 'no strategy'} · {prepared.describe()}", flush=True)
     journal = Journal(run_dir.event_file(place.rank, _restart(), "rank"))
     _record_facts(journal, prepared)
-    run = Run(run_dir, strategy, place, prepared.devices, decided.effective_params, True, journal)
+    run = Run(run_dir, strategy, place, prepared.devices, decided.effective_params, decided.precision, True, journal)
     atexit.register(_finish_at_exit, run)
     return run
 
@@ -260,10 +264,6 @@ def _shared_id(name: str, place: Topology) -> str:
 
 def _record_facts(journal: Journal, prepared: bootstrap.Bootstrap) -> None:
     journal.write("params", values={**prepared.facts(), "python": sys.version.split()[0], "host": os.uname().nodename})
-
-
-def _plan(run: Run) -> Plan:
-    return from_json(rundir.read_json(run.dir.plan))
 
 
 def _records(run_dir: RunDir) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ folders and environments. Files over ``LARGEST_BYTES`` are linked, not copied.
 
 import os
 import re
-import shutil
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,10 +37,13 @@ def take(project: Path, target: Path, *, skip: Path | None = None, work: str | N
     target.mkdir(mode=0o700, exist_ok=True)
     if skip:  # as a path below the project, whichever symbolic links either was named by
         skip = project / os.path.relpath(os.path.realpath(skip), os.path.realpath(project))
-    listed = _git_files(project)
+    made: set[str] = set()
+    listing = _git(project, "--cached", "--others", "--exclude-standard")
+    other = _git(project, "--others", "--ignored", "--exclude-standard", "--directory", "--no-empty-directory")
+    listed, ignored = _names(listing), _names(other)
     names = _walk(project, skip) if listed is None else iter(listed)
     if work:
-        _copy(project, work, target, largest=float("inf"))
+        _copy(project, work, target, made, largest=float("inf"))
     count = 0
     for name in names:
         source = project / name
@@ -52,9 +55,9 @@ def take(project: Path, target: Path, *, skip: Path | None = None, work: str | N
                 f"{project} holds more than {MOST_FILES} files; a snapshot of it is no use",
                 fix="work in a project folder of its own (git init), or set HPCML_PROJECT to it",
             )
-        _copy(project, name, target)
+        _copy(project, name, target, made)
     if listed is not None:
-        _link_ignored(project, target, skip)
+        _link_ignored(project, target, skip, ignored or [])
     return count
 
 
@@ -77,21 +80,21 @@ def python_literal(value: Scalar) -> str:
     return repr(value)
 
 
-def _git_files(project: Path) -> list[str] | None:
-    listed = _git(project, "--cached", "--others", "--exclude-standard")
-    return None if listed is None else list(dict.fromkeys(listed))  # a file in conflict is listed three times
-
-
-def _git(project: Path, *options: str) -> list[str] | None:
+def _git(project: Path, *options: str) -> "subprocess.Popen[bytes] | None":
+    """Start ``git ls-files``; two of them run side by side. None without git."""
+    words = ["git", "-C", str(project), "ls-files", "-z", *options]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(project), "ls-files", "-z", *options], capture_output=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
         return None
-    if done.returncode:
+
+
+def _names(git: "subprocess.Popen[bytes] | None") -> list[str] | None:
+    """Return the files that it listed, None outside a checkout."""
+    if git is None:
         return None
-    return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    listed, _ = git.communicate()
+    return None if git.returncode else [os.fsdecode(name) for name in dict.fromkeys(listed.split(b"\0")) if name]
 
 
 def _walk(project: Path, skip: Path | None) -> Iterator[str]:
@@ -112,19 +115,34 @@ def _walk(project: Path, skip: Path | None) -> Iterator[str]:
             yield os.path.relpath(here / name, project)
 
 
-def _copy(project: Path, name: str, folder: Path, largest: float = LARGEST_BYTES) -> None:
-    source, target = project / name, folder / name
-    if not os.path.lexists(source) or os.path.lexists(target):
-        return  # tracked by git and deleted in the work tree; or here already
+def _copy(project: Path, name: str, folder: Path, made: set[str], largest: float = LARGEST_BYTES) -> None:
+    """Copy one file with its mode and time; plain system calls, because a submit waits for hundreds of these."""
+    source, target = f"{project}/{name}", f"{folder}/{name}"
     try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _stays_inside(project, source):
+        info = os.lstat(source)
+    except FileNotFoundError:
+        return  # tracked by git and deleted in the work tree
+    try:
+        if (parent := os.path.dirname(target)) not in made:
+            os.makedirs(parent, mode=0o700, exist_ok=True)
+            made.add(parent)
+        if stat.S_ISLNK(info.st_mode) and _stays_inside(project, Path(source)):
             os.symlink(os.readlink(source), target)
-        elif source.is_dir() or (source.is_file() and source.stat().st_size > largest):
-            os.symlink(source.absolute(), target)
-        elif source.is_file():
-            shutil.copy2(source, target)
+            return
+        if stat.S_ISLNK(info.st_mode) and os.path.exists(source):
+            info = os.stat(source)
+        if stat.S_ISREG(info.st_mode) and info.st_size <= largest:
+            with open(source, "rb", buffering=0) as file:
+                content = file.read()
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, info.st_mode & 0o700)
+            with open(descriptor, "wb") as copy:
+                copy.write(content)
+            os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
+        elif stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode):
+            os.symlink(os.path.abspath(source), target)
     except OSError as error:
+        if isinstance(error, FileExistsError) and os.path.lexists(target):
+            return  # here already
         fix = "make it readable, free space, or let git ignore it"
         raise HpcmlError(f"{source} can't be copied to {target}: {error.strerror}", fix=fix) from None
 
@@ -137,10 +155,9 @@ def _stays_inside(project: Path, source: Path) -> bool:
     return end == str(project) or end.startswith(f"{project}{os.sep}")
 
 
-def _link_ignored(project: Path, target: Path, skip: Path | None) -> None:
+def _link_ignored(project: Path, target: Path, skip: Path | None, names: list[str]) -> None:
     """Link what git ignores at its place, whole folders where nothing in them is tracked."""
-    names = _git(project, "--others", "--ignored", "--exclude-standard", "--directory", "--no-empty-directory")
-    for name in names or ():
+    for name in names:
         source, link = project / name, target / name.rstrip("/")
         if source.name in _SKIPPED or (skip and (source == skip or source in skip.parents)):
             continue

@@ -28,7 +28,7 @@ PAIRS = 20
 VERSION_BOUND = pairs.Bound(4.0, at_least=False, pairs=PAIRS)
 VERSION_AIM = 2.5
 SUBMIT_BOUND = pairs.Bound(8.0, at_least=False, pairs=PAIRS)
-# Slow to import, and of no use before the work starts: the first takes 4 s, the next four 1 to 2 s each.
+# Slow to import, and of no use before the work starts: the first takes 4 s, the next three 1 to 2 s each.
 HEAVY = (
     *("tensorflow", "torch", "mlflow", "papermill", "pandas", "numpy", "keras", "tf_keras", "jax", "horovod"),
     *("scipy", "sklearn", "matplotlib", "mlxtend", "nbclient", "nbformat", "jupyter_client", "IPython", "pydantic"),
@@ -113,8 +113,9 @@ def cluster() -> Iterator[Cluster]:
 def imports(words: Sequence[str], environment: dict[str, str]) -> str:
     """Return a line on what a command of hpcml imports: how much, whether anything heavy, and what took longest."""
     done = subprocess.run(
-        [PYTHON, "-X", "importtime", HPCML, *words], env=environment, cwd=PROJECT, capture_output=True, text=True
-    )
+        [PYTHON, "-X", "importtime", HPCML, *words],
+        env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
     spent: dict[str, int] = {}  # module → µs, without what it imports in turn
     for line in done.stderr.splitlines():
         columns = line.removeprefix("import time:").split("|")

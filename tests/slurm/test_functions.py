@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,7 +180,8 @@ print(json.dumps({"good": good.results(60), "first": good.result(), "bad": failu
 def test_a_function_submits_from_inside_a_job(slurm: Cluster, tmp_path: Path) -> None:
     body = """
 def inner():
-    return os.environ["SLURM_JOB_ID"], os.environ["SLURM_CPUS_PER_TASK"], os.environ["HPCML_RUN"]
+    own = ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "HPCML_RUN", "OMP_NUM_THREADS")
+    return [os.environ[name] for name in own]
 def outer():
     future = hpcml.submit(inner, job=job(cpus_per_task=3))
     return os.environ["SLURM_JOB_ID"], future.job_id, future.run.id, future.result(60)
@@ -187,7 +189,8 @@ print(json.dumps(hpcml.submit(outer).result(60)))
 """
     job_id, inner_id, inner_run, found = answer(slurm, tmp_path, body)
     assert job_id != inner_id
-    assert found == [inner_id, "3", inner_run]
+    cores = len(os.sched_getaffinity(0))
+    assert found == [inner_id, "3", inner_run, str(min(cores, 3))]  # not the one thread of the outer
 
 
 def test_what_slurm_refuses_leaves_nothing(slurm: Cluster, tmp_path: Path) -> None:

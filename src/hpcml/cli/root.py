@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +82,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except Exception as error:
         if "--debug" in arguments:
+            import traceback
+
             traceback.print_exc()
         else:
             click.echo(

@@ -117,14 +117,15 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("run", "state", "job", "replicas", "time", "progress or reason"):
+    for heading in ("run", "state", "job", "replicas", "time", "reason"):
         numbers = heading in ("job", "replicas", "time")
         table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading in ("run", "state", "time"))
     for state in states:
         took = show.duration((state.ended or time.time()) - state.started) if state.started else ""
         job, replicas = str(state.slurm_job_id or ""), str(state.replicas_in_sync or "")
         colour = show.COLOURS.get(state.name, "red")
-        table.add_row(state.run_id, f"[{colour}]{state.name}[/]", job, replicas, took, state.reason or state.progress)
+        why = state.reason or ("" if state.is_final else state.progress)
+        table.add_row(state.run_id, f"[{colour}]{state.name}[/]", job, replicas, took, why)
     Console().print(table)
     return DONE
 
@@ -135,9 +136,11 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
 @site_option
 def prune_runs(keep: int, yes: bool, site: str | None) -> int:
     """Delete the oldest ended runs that MLflow has; a run that is not delivered or not ended is kept."""
+    from ..tracking.mlflow import is_delivered
+
     root = show.root_of(site)
     tops = [run for run in rundir.every(root) if "/" not in run.id]
-    old = [run for run in tops[keep:] if queue.state_of(run).is_final and run.delivered.exists()]
+    old = [run for run in tops[keep:] if queue.state_of(run).is_final and is_delivered(run)]
     kept = len(tops[keep:]) - len(old)
     for run in old:
         click.echo(run.id)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from .. import facts, plan, rundir
 from .. import job as jobs
 from .. import site as sites
-from ..errors import HpcmlError
+from ..errors import HpcmlError, ServiceSilent
 from ..job import Job
 from ..node import batch, bootstrap
 from ..plan import Plan
@@ -128,7 +128,6 @@ def _queued(decided: Plan, where: Site, calls: Sequence[Call], *, array: bool) -
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
         raise
-    run.functions.chmod(0o700)  # submitit opens it to all
     _note(run, members, ids, decided, array=array)
     return run, ids
 
@@ -154,10 +153,13 @@ def _hand_over(request: Mapping[str, Any], run: RunDir, decided: Plan) -> list[s
     answer = run.path / "answer.json"
     words = [sys.executable, "-P", "-m", "hpcml.launch.calls", "queue", str(answer)]
     with open(run.functions / "submitit.txt", "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-        subprocess.run(
-            words, input=pickle.dumps(request), env=_environment(run, decided), cwd=run.path, umask=0o077,
-            stdout=log, stderr=log, start_new_session=True, timeout=QUEUE_S, check=False,
-        )  # fmt: skip
+        try:
+            subprocess.run(
+                words, input=pickle.dumps(request), env=_environment(run, decided), cwd=run.path,
+                stdout=log, stderr=log, start_new_session=True, timeout=QUEUE_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ServiceSilent(f"the job was not queued in {QUEUE_S} s", fix="try again; squeue --me tells") from None
     told = rundir.read_json(answer)
     answer.unlink(missing_ok=True)
     if "jobs" in told:

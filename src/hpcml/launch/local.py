@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from .. import rundir
-from ..node import batch, topology
+from ..node import batch, bootstrap, topology
 from ..plan import Plan
 from ..rundir import RunDir
 from ..slurm import commands
@@ -79,13 +79,13 @@ def _start(plan: Plan, run_dir: RunDir) -> list[subprocess.Popen[bytes]]:
         words = ["srun", "--overlap", f"--nodes={plan.nodes}", f"--ntasks={plan.tasks}"]
         words += [f"--ntasks-per-node={plan.tasks_per_node}", f"--cpus-per-task={plan.cpus_per_task}"]
         environment = {**commands.clean_environment(), **_job_variables(), **own}
-        return [_popen([*words, "--kill-on-bad-exit=1", python, "-m", "hpcml.node.worker"], environment)]
-    environment = {**os.environ, **own, "HPCML_CPUS_PER_TASK": str(plan.cpus_per_task)}
+        return [_popen([*words, "--kill-on-bad-exit=1", python, "-P", "-m", "hpcml.node.worker"], environment)]
+    environment = {**bootstrap.outer_environment(os.environ), **own, "HPCML_CPUS_PER_TASK": str(plan.cpus_per_task)}
     environment.setdefault("HPCML_PORT", str(topology.free_first_port(plan.tasks)))
     # submitit names a result by the last of these; its local controller knows one task, us.
     names = ("HPCML_RANK", "SUBMITIT_LOCAL_GLOBALID") if plan.work == "function" else ("HPCML_RANK",)
     ranks = ({**dict.fromkeys(names, str(rank)), "HPCML_WORLD_SIZE": str(plan.tasks)} for rank in range(plan.tasks))
-    return [_popen([python, "-m", "hpcml.node.worker"], {**environment, **rank}) for rank in ranks]
+    return [_popen([python, "-P", "-m", "hpcml.node.worker"], {**environment, **rank}) for rank in ranks]
 
 
 def _popen(words: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:

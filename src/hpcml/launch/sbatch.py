@@ -30,7 +30,7 @@ python=""
 for candidate in {candidates}; do
   if [ -n "$candidate" ]; then python=$candidate; break; fi
 done
-if ! "$python" -c "import hpcml" 2>/dev/null; then
+if ! "$python" -P -c "import hpcml" 2>/dev/null; then
   echo "hpcml: no Python with hpcml (${{python:-none found}}): set HPCML_PYTHON, [env] in the job file, or VIRTUAL_ENV," >&2
   echo "  or make $HPCML_PROJECT/.venv (scripts/setup)" >&2
   exit 2
@@ -40,25 +40,21 @@ fi
 _OPEN = """
 # hpcml submit has made the run directory already; a plain sbatch makes it here.
 if [ -z "${{HPCML_RUN:-}}" ]; then
-  HPCML_RUN=$("$python" -m hpcml.node.batch open {job} --site {site}{overrides}) || exit
+  HPCML_RUN=$("$python" -P -m hpcml.node.batch open {job} --site {site}{overrides}) || exit
   export HPCML_RUN
 fi
 """
 
-# A trapped TERM ends `wait` early, hence the loop; srun has been sent the signal by Slurm itself.
+# srun runs in the foreground: bash then holds a trap back until srun has ended, and `$?` is srun's own. (A `wait` that a
+# trap interrupted may give -1 for good.) srun and its tasks have been sent the signal by Slurm itself.
 _RUN = """
 # One worker a task. Signals end the tasks first; the run's end marker is written last.
 signal=""
 trap 'signal=TERM' TERM
 trap 'signal=USR2' USR2
-{srun} &
-step=$!
-while :; do
-  wait "$step"
-  code=$?
-  kill -0 "$step" 2>/dev/null || break
-done
-"$python" -m hpcml.node.batch close "$code" --signal "$signal"
+{srun}
+code=$?
+"$python" -P -m hpcml.node.batch close "$code" --signal "$signal"
 exit "$code"
 """
 
@@ -105,11 +101,11 @@ def render_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> str:
         "\nworst=0\ncomparison=$HPCML_RUN\n",
         "variant() {  # variant NAME COMMAND...: one step with a run directory of its own\n"
         '  export HPCML_RUN="$comparison/$1"\n  shift\n  "$@"\n  code=$?\n'
-        '  "$python" -m hpcml.node.batch close "$code"\n'
+        '  "$python" -P -m hpcml.node.batch close "$code"\n'
         '  if [ "$code" -ne 0 ]; then worst=$code; fi\n}\n',
     ]
     parts += [f"variant {shlex.quote(plan.name)} {_srun(plan, exact=True)}\n" for plan in plans]
-    parts.append('\nexport HPCML_RUN=$comparison\n"$python" -m hpcml.node.batch close "$worst"\nexit "$worst"\n')
+    parts.append('\nexport HPCML_RUN=$comparison\n"$python" -P -m hpcml.node.batch close "$worst"\nexit "$worst"\n')
     return "".join(parts)
 
 
@@ -173,13 +169,14 @@ def _srun(plan: Plan, *, exact: bool = False) -> str:
     words += [f"--cpus-per-task={plan.cpus_per_task}"]
     if exact and plan.gres:
         words.append(f"--gres={plan.gres}")
-    return " ".join([*words, "--kill-on-bad-exit=1", '"$python"', "-m", "hpcml.node.worker"])
+    return " ".join([*words, "--kill-on-bad-exit=1", '"$python"', "-P", "-m", "hpcml.node.worker"])
 
 
 def _modules(plan: Plan) -> str:
     if not plan.env.modules:
         return ""
-    return f"module load {' '.join(map(shlex.quote, plan.env.modules))}\n"
+    # The module function of some sites reads unset variables.
+    return f"set +u; module load {' '.join(map(shlex.quote, plan.env.modules))}; set -u\n"
 
 
 def _candidates(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import rundir
 from ..errors import HpcmlError
-from ..node import batch
+from ..node import batch, bootstrap
 from ..plan import Plan
 from ..rundir import RunDir
 from ..site import Site
@@ -59,8 +59,8 @@ def environment_for(run: RunDir, plan: Plan, environment: Mapping[str, str] | No
     """Return the environment to submit in: nothing of an enclosing allocation, and the run's name."""
     source = os.environ if environment is None else environment
     own = {"HPCML_RUN": run.id, "HPCML_RUNS": str(run.root), "HPCML_PROJECT": plan.project}
-    left_out = ("HPCML_NODE", "HPCML_RANK", "HPCML_WORLD_SIZE", "HPCML_RESTART", "TF_CONFIG")
-    return {k: v for k, v in commands.clean_environment(source).items() if k not in left_out} | own
+    outer = commands.clean_environment(bootstrap.outer_environment(source))
+    return {name: value for name, value in outer.items() if name != "CUDA_VISIBLE_DEVICES"} | own
 
 
 def _queue(run: RunDir, plan: Plan, script: str) -> int:

@@ -3,7 +3,6 @@
 Under ``hpcml submit`` the run is there already and ``open`` is not called. Standard library only.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -96,6 +95,8 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
 
 def main() -> int:
     """``open JOB --site S`` prints the run's id; ``close EXIT_CODE`` writes its marker."""
+    import argparse
+
     parser = argparse.ArgumentParser(prog="hpcml.node.batch")
     verbs = parser.add_subparsers(dest="verb", required=True)
     opening = verbs.add_parser("open")

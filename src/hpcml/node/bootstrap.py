@@ -20,6 +20,10 @@ from . import devices, threads, topology
 HANDOVER = "HPCML_NODE"
 LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+# Names of the variables that hpcml has set in this environment: a run inside a run must not take them for the user's.
+OURS = "HPCML_SET"
+# What a worker or launcher says to its own child only.
+_PRIVATE = (HANDOVER, OURS, "HPCML_RANK", "HPCML_WORLD_SIZE", "HPCML_RESTART", "HPCML_PORT", "HPCML_CPUS_PER_TASK")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def prepare(
     Raises:
         HpcmlError: what was given can't serve the strategy.
     """
+    environment = {k: v for k, v in environment.items() if k not in _ours(environment)}
     place = topology.detect(environment)
     if strategy in ONE_PROCESS and place.world > 1:
         raise HpcmlError(
@@ -86,9 +91,22 @@ def prepare(
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(given.gpus) or "-1"
     if strategy == "multiworker" and place.world > 1 and not environment.get("TF_CONFIG"):
         variables["TF_CONFIG"] = topology.tf_config(place, topology.addresses(place, environment))
+    variables[OURS] = " ".join(sorted(set(variables) - {"CUDA_VISIBLE_DEVICES"}))
     handover = {"topology": dataclasses.asdict(place), "devices": dataclasses.asdict(given)}
     variables[HANDOVER] = json.dumps({**handover, "threads": dataclasses.asdict(chosen)})
     return Bootstrap(place, given, chosen, variables)
+
+
+def outer_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment as it was before hpcml prepared it, for another run that is started from inside a run."""
+    left_out = _ours(environment)
+    if HANDOVER in environment or left_out:
+        left_out |= {*_PRIVATE, "TF_CONFIG"}
+    return {name: value for name, value in environment.items() if name not in left_out}
+
+
+def _ours(environment: Mapping[str, str]) -> set[str]:
+    return set(environment.get(OURS, "").split())
 
 
 def received(environment: Mapping[str, str]) -> Bootstrap | None:

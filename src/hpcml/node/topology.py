@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ def first_port(topology: Topology, environment: Mapping[str, str]) -> int:
                 allowed=f"1024 to {LAST_PORT - topology.world + 1}",
             )
         return int(wanted)
-    job = int(environment.get("SLURM_JOB_ID", "0") or 0)
+    job = int(environment.get("SLURM_JOB_ID", "0") or 0) or _starter_number(environment)
     step = int(environment.get("SLURM_STEP_ID", "0") or 0)
     # Slurm's special steps (batch, interactive, extern) have ids near 2**32.
     step = step if step < 2**31 else 0
@@ -136,6 +137,12 @@ def first_port(topology: Topology, environment: Mapping[str, str]) -> int:
     blocks = max(1, (LAST_PORT - FIRST_PORT + 1) // each)
     # 29 and the number of blocks (70) share no factor: steps of one job and neighbouring jobs stay apart.
     return FIRST_PORT + (job + 29 * step) % blocks * each
+
+
+def _starter_number(environment: Mapping[str, str]) -> int:
+    """A number that all ranks of one torchrun or mpirun share, and another one's ranks hardly do."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+    return zlib.crc32("|".join(environment.get(name, "") for name in names).encode())
 
 
 def tf_config(topology: Topology, hosts: Sequence[str]) -> str:

@@ -150,6 +150,7 @@ def _last_words(log: Path, code: int) -> str:
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("hpcml: rank ")]  # our own greeting is nobody's last word
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
     return (errors or lines or [f"exit code {code}"])[-1][:300]
 

@@ -24,6 +24,7 @@ _SUN_PATH = 108
 # A kernel that was asked to leave gets half of this before SIGTERM, all of it before SIGKILL: exit handlers of a
 # training, such as a last upload, take seconds.
 SHUTDOWN_S = 20.0
+_LAST_WORDS = 4096
 
 
 class Specs(KernelSpecManager):  # type: ignore[misc]
@@ -88,21 +89,35 @@ def manager(name: str, language: str, folder: Path, log: Any) -> AsyncKernelMana
 
 
 async def start(kernel: AsyncKernelManager, cwd: Path) -> None:
-    """Start the kernel's process; what it writes past Jupyter's channels joins this process's output.
+    """Start the kernel's process.
+
+    ipykernel sends what libraries write to the process's own stdout and stderr as messages, and writes it there too:
+    that copy goes to a file, for ``last_words``. Other kernels' own output joins this process's stdout.
 
     Raises:
         HpcmlError: no such kernel, or its program can't be started.
     """
     # SQLite stalls on network file systems, and ranks would share one file.
     quiet = ["--HistoryManager.enabled=False", "--HistoryManager.hist_file=:memory:"]
-    extra = quiet if _is_ipykernel(kernel) else []
+    ours = _is_ipykernel(kernel)
     try:
-        await kernel.start_kernel(extra_arguments=extra, cwd=str(cwd), stderr=subprocess.STDOUT)
+        with _copy(kernel).open("wb") as copy:
+            await kernel.start_kernel(
+                extra_arguments=quiet if ours else [], cwd=str(cwd),
+                stdout=copy if ours else None, stderr=subprocess.STDOUT,
+            )  # fmt: skip
     except OSError as error:
         raise HpcmlError(
             f"the kernel {kernel.kernel_name!r} can't be started: {error}", origin="metadata.kernelspec",
             fix="check that its program and the working directory exist",
         ) from None  # fmt: skip
+
+
+def last_words(kernel: AsyncKernelManager) -> str:
+    """Return the end of what the kernel's process wrote past Jupyter's channels."""
+    with _copy(kernel).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
+        return file.read().decode(errors="replace").strip()
 
 
 async def stop(kernel: AsyncKernelManager, client: Any, *, now: bool) -> None:
@@ -124,6 +139,10 @@ async def stop(kernel: AsyncKernelManager, client: Any, *, now: bool) -> None:
 
 def _is_ipykernel(kernel: AsyncKernelManager) -> bool:
     return any("ipykernel" in word for word in kernel.kernel_spec.argv)
+
+
+def _copy(kernel: AsyncKernelManager) -> Path:
+    return Path(kernel.connection_file).with_suffix(".log")
 
 
 async def obituary(kernel: AsyncKernelManager) -> str:

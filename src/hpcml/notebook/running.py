@@ -164,6 +164,7 @@ class Execution:
                 return
             self.unresponsive = True
             reason = await kernels.obituary(self.kernel)
+            self.client.say(f"the kernel did not start\n{kernels.last_words(self.kernel)}".strip())
             raise JobFailed(
                 f"the kernel did not start\n  {type(error).__name__}: {error}; {reason}", origin=self.session.notebook,
                 fix=f"what it wrote is in the log above; try {self.kernel.kernel_spec.argv[0]} -m ipykernel --version",
@@ -209,7 +210,7 @@ class Execution:
         self.unresponsive = True
         text = str(error) if isinstance(error, CellTimeoutError) else await kernels.obituary(self.kernel)
         text = f"the kernel died: {text}" if isinstance(error, DeadKernelError) else text
-        self.client.say(text)
+        self.client.say(f"{text}\n{kernels.last_words(self.kernel)}".strip())
         return new_output("error", ename=type(error).__name__, evalue=text.splitlines()[0], traceback=[text])
 
     async def _while_not_stopped(self, work: Coroutine[Any, Any, Any]) -> Any:

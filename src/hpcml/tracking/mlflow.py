@@ -10,7 +10,7 @@ import getpass
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,17 @@ def deliver(run: RunDir, uri: str, *, parent: RunDir | None = None) -> Delivery:
         return _deliver(opened, run, parent)
 
 
+def is_delivered(run: RunDir) -> bool:
+    """Whether MLflow has all that the run directory holds now; ``delivered.json`` alone says that a delivery began."""
+    ledger = read_json(run.delivered)
+    lines, artifacts = ledger.get("lines") or {}, ledger.get("artifacts") or {}
+    return (
+        ledger.get("state") == _state(read_json(run.status))
+        and all(record["line"] <= lines.get(_event_file(run, record), 0) for record in journal.read(run.events))
+        and all(artifacts.get(str(path.relative_to(run.path))) == now for path, now in _artifacts(run))
+    )
+
+
 def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str = "") -> Delivery:
     plan, status, ledger = read_json(run.plan), read_json(run.status), read_json(run.delivered)
     experiment = str(plan.get("experiment") or fallback or _experiment_of_variants(run))
@@ -84,7 +95,7 @@ def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str
         ledger = dict(place)  # another store, or one that forgot the run: what was noted does not hold there
     said = Said()
     points = _send_journal(to, run, ledger, said)
-    state = str(status.get("state") or "RUNNING")
+    state = _state(status)
     params = {**said.params, **translate.params(plan)}
     tags = translate.tags(plan, state, slurm_job_id(run) or status.get("slurm_job_id"), said)
     tags |= {PLAN_TAG: _fingerprint(run)} | ({PARENT_TAG: parent_id} if parent_id else {})
@@ -94,6 +105,14 @@ def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str
     if {**ledger, **place, "state": state} != ledger:
         write_json(run.delivered, ledger | place | {"state": state})
     return Delivery(mine.info.run_id, experiment, points, artifacts, to.address.shown)
+
+
+def _state(status: Mapping[str, Any]) -> str:
+    return str(status.get("state") or "RUNNING")
+
+
+def _event_file(run: RunDir, record: Mapping[str, Any]) -> str:
+    return run.event_file(record["rank"], record["restart"], record["writer"]).name
 
 
 def _experiment_of_variants(run: RunDir) -> str:
@@ -197,7 +216,7 @@ def _send_journal(to: Store, run: RunDir, ledger: dict[str, Any], said: Said) ->
     for record in journal.read(run.events):
         said.take(record)
         points = list(translate.points(record, said))
-        file = run.event_file(record["rank"], record["restart"], record["writer"]).name
+        file = _event_file(run, record)
         if record["line"] <= lines.get(file, 0):
             continue
         for point in points:
@@ -254,19 +273,23 @@ def _send_state(to: Store, mine: Any, wanted: str, status: Mapping[str, Any]) ->
 
 def _send_artifacts(to: Store, run: RunDir, ledger: dict[str, Any]) -> int:
     """Send the files that are new, or changed since they were sent."""
-    notebooks = (run.notebook(0), *sorted(run.path.glob("notebook.*.ipynb")))
-    single = (run.plan, run.script, run.comparison, run.plot, run.path / "report.html")
     noted: dict[str, list[int]] = ledger.setdefault("artifacts", {})
     sent = 0
-    for path in dict.fromkeys((*notebooks, *single, *sorted(run.logs.glob("*")))):
-        if not path.is_file():
-            continue
-        stat = path.stat()  # before the upload: what is appended meanwhile goes with the next delivery
-        key, now = str(path.relative_to(run.path)), [stat.st_mtime_ns, stat.st_size]
+    for path, now in _artifacts(run):
+        key = str(path.relative_to(run.path))
         if noted.get(key) != now:
-            folder = None if path.parent == run.path else path.parent.name
-            to.client.log_artifact(ledger["run_id"], str(path), folder)
+            to.client.log_artifact(ledger["run_id"], str(path), None if path.parent == run.path else path.parent.name)
             noted[key] = now
             sent += 1
             write_json(run.delivered, ledger)
     return sent
+
+
+def _artifacts(run: RunDir) -> Iterator[tuple[Path, list[int]]]:
+    """Yield each file that MLflow gets, with its time and size before the upload: what is appended then goes next."""
+    notebooks = (run.notebook(0), *sorted(run.path.glob("notebook.*.ipynb")))
+    single = (run.plan, run.script, run.comparison, run.plot, run.path / "report.html")
+    for path in dict.fromkeys((*notebooks, *single, *sorted(run.logs.glob("*")))):
+        if path.is_file():
+            stat = path.stat()
+            yield path, [stat.st_mtime_ns, stat.st_size]

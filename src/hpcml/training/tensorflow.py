@@ -4,10 +4,13 @@ The strategy itself stays in the notebook as plain TensorFlow; this module only 
 was given. TensorFlow is imported inside the functions.
 """
 
+import contextlib
 import os
+import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,9 @@ _CALLS = {
     "mirrored": "tf.distribute.MirroredStrategy()",
     "multiworker": "tf.distribute.MultiWorkerMirroredStrategy()",
 }
+_CHATTER = re.compile(
+    rb"WARNING: All log messages before absl|I0000 |To enable the following instructions|E0000 .*failed call to cuInit"
+)
 _HEADLINES = ("val_accuracy", "accuracy", "val_loss", "loss")
 
 
@@ -59,8 +65,12 @@ def configure(expected: Expected, *, precision: str, seed: int | None = None) ->
     Raises:
         HpcmlError: TensorFlow doesn't see the GPUs that were given, or has already started.
     """
-    import tensorflow as tf
+    with _without_chatter():
+        import tensorflow as tf
 
+        tf.config.list_physical_devices()
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":
+        tf.get_logger().setLevel("WARNING")  # INFO is a line for each tensor that is reduced
     if expected.virtual or not expected.gpus_per_task:
         names = [f"CPU:{index}" for index in range(expected.devices)]
         logical = [tf.config.LogicalDeviceConfiguration() for _ in names]
@@ -81,6 +91,31 @@ def configure(expected: Expected, *, precision: str, seed: int | None = None) ->
     if seed is not None:
         tf.keras.utils.set_random_seed(seed)
     return names
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Leave out what TensorFlow tells everyone while it is imported; anything else reaches stderr afterwards.
+
+    Before its logs are set up it heeds no TF_CPP_MIN_LOG_LEVEL; 0 shows everything here too.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            caught.seek(0)
+            told = b"".join(line for line in caught if not _CHATTER.match(line))
+            if told:
+                os.write(2, told)
 
 
 def expected_replicas(expected: Expected) -> int:
@@ -289,9 +324,8 @@ def _wait_for(results: Any) -> None:
 
 
 def _learning_rate(optimizer: Any) -> float:
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # mixed_float16 wraps the optimizer to scale the loss
     rate = optimizer.learning_rate
-    rate = rate(optimizer.iterations) if callable(rate) else rate
+    rate = rate(optimizer.iterations) if callable(rate) else rate  # a schedule, in tf.keras.optimizers.legacy
     return float(rate.numpy() if hasattr(rate, "numpy") else rate)
 
 

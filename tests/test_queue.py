@@ -1,0 +1,356 @@
+"""A run's state: its own marker, then Slurm's word, then the clock; each kind of end is kept apart."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpcml import queue, rundir
+from hpcml.errors import HpcmlError, ServiceSilent
+from hpcml.node import batch
+from hpcml.rundir import RunDir
+from hpcml.tracking.journal import Journal
+
+INVALID = "slurm_load_jobs error: Invalid job id specified"
+LIMIT_S = 1800
+
+
+class Slurm:
+    """Stubs of Slurm's commands as all that is on PATH; what they say can be changed between calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        for tool in ("cat", "sh"):
+            (folder / tool).symlink_to(shutil.which(tool) or "")
+        self.forget()
+
+    def say(self, command: str, out: str = "", err: str = "", code: int = 0) -> None:
+        for stream, text in (("out", out), ("err", err)):
+            (self.folder / f"{command}.{stream}").write_text(text and f"{text}\n")
+        path, new = self.folder / command, self.folder / f"{command}.new"
+        log = f'echo "{command} $*" >>{self.folder}/asked'
+        new.write_text(f"#!/bin/sh\n{log}\ncat {path}.out\ncat {path}.err >&2\nexit {code}\n")
+        new.chmod(0o755)
+        new.rename(path)
+
+    def forget(self) -> None:
+        """Know no job, and have no accounting."""
+        for command in ("squeue", "scontrol"):
+            self.say(command, err=INVALID, code=1)
+        self.say("sacct", err="Slurm accounting storage is disabled", code=1)
+        self.say("scancel")
+
+    def asked(self) -> list[str]:
+        path = self.folder / "asked"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    stubs = Slurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(stubs.folder))
+    return stubs
+
+
+def make(root: Path, job_id: int | None = 7, *, ago_s: float = 60, name: str = "a") -> RunDir:
+    """A run that was submitted some seconds ago."""
+    run = rundir.create(root / "runs", name)
+    rundir.write_json(run.plan, {"name": name, "time_s": LIMIT_S})
+    if job_id is not None:
+        rundir.write_json(run.submitted, {"slurm_job_id": job_id, "submitted": time.time() - ago_s})
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make(tmp_path)
+
+
+def rank_ended(run: RunDir, rank: int, code: int, *, lasted_s: float = 30, restart: int = 0, reason: str = "") -> None:
+    now = time.time()
+    marker = {"rank": rank, "exit_code": code, "reason": reason, "replicas_in_sync": 2, "restart": restart}
+    rundir.write_json(run.status_of(rank), {**marker, "started": now - lasted_s, "ended": now})
+
+
+def stopped(run: RunDir, signal: str = "SIGTERM", *, ago_s: float = 1, restart: int = 0) -> None:
+    rundir.write_json(run.stop, {"signal": signal, "time": time.time() - ago_s, "restart": restart})
+
+
+# ------------------------------------------------------------------ the ladder
+
+
+@pytest.mark.parametrize(
+    "state", ["TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "CANCELLED", "FAILED", "BOOT_FAIL", "DEADLINE"]
+)
+@pytest.mark.parametrize("command", ["squeue", "scontrol", "sacct"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_each_end_is_kept_apart_whoever_tells_it(
+    slurm: Slurm, run: RunDir, state: str, command: str, marked: bool
+) -> None:
+    told = {
+        "squeue": f"{state}|None",
+        "scontrol": f"JobId=7 JobName=a JobState={state} Reason=None ExitCode=0:15 WorkDir=/p",
+        "sacct": f"{state} by 0|0:15" if state == "CANCELLED" else f"{state}|0:15",
+    }
+    slurm.say(command, told[command])
+    if marked:
+        rank_ended(run, 0, 143)
+        stopped(run)
+        batch.close_run(run, 143)
+    got = queue.state_of(run)
+    assert (got.name, got.source, got.slurm_job_id, got.is_final) == (state, command, 7, True)
+    slurm.forget()
+    assert queue.state_of(run).name == state, "it is kept when Slurm forgets the job"
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "CONFIGURING"])
+def test_what_goes_on_goes_on(slurm: Slurm, run: RunDir, state: str) -> None:
+    slurm.say("squeue", f"{state}|Priority")
+    got = queue.state_of(run)
+    assert (got.name, got.reason, got.is_final) == (state, "Priority", False)
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "COMPLETED"), (3, "FAILED")])
+def test_a_final_marker_is_believed_and_nobody_asked(slurm: Slurm, run: RunDir, code: int, state: str) -> None:
+    slurm.say("squeue", "RUNNING|None")
+    rank_ended(run, 0, code, reason="ValueError: no" if code else "")
+    batch.close_run(run, code)
+    got = queue.state_of(run)
+    assert (got.name, got.source, got.exit_code, got.replicas_in_sync) == (state, "marker", code, 2)
+    assert got.reason == ("ValueError: no" if code else "")
+    assert slurm.asked() == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stop", "code", "signal", "final"),
+    [
+        pytest.param([0, 0], False, 0, "", True, id="completed"),
+        pytest.param([1, 143], False, 1, "TERM", True, id="failed by itself, the others cleared away"),
+        pytest.param([143, 143], True, 143, "TERM", False, id="stopped by a signal"),
+        pytest.param([137], False, 137, "", False, id="killed: perhaps out of memory"),
+        pytest.param([], False, 1, "", True, id="srun could not start"),
+        pytest.param([], False, 143, "TERM", False, id="a signal before any rank ended"),
+    ],
+)
+def test_when_the_marker_decides(
+    run: RunDir, ranks: list[int], stop: bool, code: int, signal: str, final: bool
+) -> None:
+    for rank, exit_code in enumerate(ranks):
+        rank_ended(run, rank, exit_code)
+    if stop:
+        stopped(run)
+    assert batch.close_run(run, code, signal or None)["final"] is final
+
+
+def test_the_first_rank_that_failed_gives_code_and_reason(run: RunDir) -> None:
+    rank_ended(run, 1, 5, reason="the cause")
+    rank_ended(run, 0, 143, reason="the consequence")
+    marker = batch.close_run(run, 143, "TERM")
+    assert (marker["exit_code"], marker["reason"], marker["failed_rank"]) == (5, "the cause", 1)
+
+
+# ------------------------------------------------------------------ restarts
+
+
+def test_what_an_earlier_restart_left_is_ignored(slurm: Slurm, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank_ended(run, 0, 1, reason="the first time")
+    rank_ended(run, 1, 1)
+    stopped(run)
+    batch.close_run(run, 1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    batch.forget_earlier(run, 1)
+    slurm.say("squeue", "RUNNING|None")
+    assert (queue.state_of(run).name, queue.state_of(run).ended) == ("RUNNING", None)
+    rank_ended(run, 0, 0, restart=1)
+    marker = batch.close_run(run, 0)
+    assert (marker["state"], marker["final"], marker["restarts"]) == ("COMPLETED", True, 1)
+    assert queue.state_of(run).name == "COMPLETED"
+
+
+@pytest.mark.parametrize("restart", [0, 1])
+def test_a_marker_of_this_restart_stays(run: RunDir, restart: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    batch.close_run(run, 0)
+    batch.forget_earlier(run, restart)
+    assert run.status.exists()
+
+
+# ------------------------------------------------------------------ Slurm has forgotten the job
+
+
+@pytest.mark.parametrize(
+    ("ago_s", "end", "state", "says"),
+    [
+        pytest.param(60, None, "UNKNOWN", "no end marker", id="no marker, time left"),
+        pytest.param(LIMIT_S + 600, None, "TIMEOUT", "past its time limit", id="no marker, past the limit"),
+        pytest.param(9000, (LIMIT_S - 20, 143, True), "TIMEOUT", "SIGTERM at the time limit", id="at the limit"),
+        pytest.param(9000, (60, 143, True), "UNKNOWN", "ended by SIGTERM before", id="a signal long before it"),
+        pytest.param(9000, (60, 137, False), "FAILED", "SIGKILL", id="killed"),
+    ],
+)
+def test_a_forgotten_job_is_judged_by_marker_and_clock(
+    slurm: Slurm, tmp_path: Path, ago_s: float, end: tuple[float, int, bool] | None, state: str, says: str
+) -> None:
+    run = make(tmp_path, ago_s=ago_s)
+    run.log(0).write_text("it began\n")
+    if end:
+        lasted_s, code, signalled = end
+        rank_ended(run, 0, code, lasted_s=lasted_s)
+        if signalled:
+            stopped(run)
+        batch.close_run(run, code)
+    got = queue.state_of(run)
+    assert (got.name, got.is_final) == (state, True)
+    assert says in got.reason
+
+
+def test_a_job_that_never_began_did_not_time_out(slurm: Slurm, tmp_path: Path) -> None:
+    assert queue.state_of(make(tmp_path, ago_s=LIMIT_S * 10)).name == "UNKNOWN"
+
+
+def test_a_short_limit_does_not_make_every_signal_a_timeout(slurm: Slurm, run: RunDir) -> None:
+    rundir.write_json(run.plan, {"time_s": 60})
+    rank_ended(run, 0, 143, lasted_s=5)
+    stopped(run)
+    batch.close_run(run, 143)
+    assert queue.state_of(run).name == "UNKNOWN"
+
+
+@pytest.mark.parametrize(
+    "err", ["slurm_load_jobs error: Unable to contact slurm controller (connect failure)", "squeue: error: odd"]
+)
+def test_a_silent_controller_is_not_an_end(slurm: Slurm, run: RunDir, err: str) -> None:
+    slurm.say("squeue", err=err, code=1)
+    with pytest.raises(ServiceSilent):
+        queue.state_of(run)
+
+
+# ------------------------------------------------------------------ waiting, cancelling
+
+
+def test_waiting_outlasts_a_silent_controller_and_tells_each_change(slurm: Slurm, run: RunDir) -> None:
+    slurm.say("squeue", "PENDING|Priority")
+    told: list[str] = []
+
+    def tell(state: queue.State) -> None:
+        told.append(state.name)
+        if state.name == "PENDING":
+            slurm.say("squeue", err="slurm_load_jobs error: Unable to contact slurm controller", code=1)
+            threading.Thread(target=answer_again).start()
+        elif state.name == "RUNNING":
+            slurm.say("squeue", "OUT_OF_MEMORY|None")
+
+    def answer_again() -> None:
+        silent = len(slurm.asked())
+        while len(slurm.asked()) < silent + 2:
+            time.sleep(0.005)
+        slurm.say("squeue", "RUNNING|None")
+
+    assert queue.wait(run, tell, poll_s=0.01).name == "OUT_OF_MEMORY"
+    assert told == ["PENDING", "RUNNING", "OUT_OF_MEMORY"]
+
+
+def test_cancelling_asks_scancel_unless_the_run_has_ended(slurm: Slurm, run: RunDir) -> None:
+    slurm.say("squeue", "RUNNING|None")
+    assert queue.cancel(run).name == "RUNNING"
+    assert slurm.asked()[-1] == "scancel 7"
+    slurm.say("squeue", "COMPLETED|None")
+    before = len(slurm.asked())
+    assert queue.cancel(run).is_final
+    assert not any(line.startswith("scancel") for line in slurm.asked()[before:])
+
+
+def test_a_refused_cancel_is_in_slurms_words(slurm: Slurm, run: RunDir) -> None:
+    slurm.say("squeue", "RUNNING|None")
+    slurm.say("scancel", err="scancel: error: Kill job error on job id 7: Access/permission denied", code=1)
+    with pytest.raises(HpcmlError, match="Access/permission denied"):
+        queue.cancel(run)
+
+
+# ------------------------------------------------------------------ without Slurm; comparisons
+
+
+def test_a_run_outside_slurm_lives_as_long_as_its_process(slurm: Slurm, tmp_path: Path) -> None:
+    run = make(tmp_path, None)
+    assert (queue.state_of(run).name, queue.state_of(run).reason) == (
+        "UNKNOWN",
+        "its process ended without an end marker",
+    )
+    rundir.claim(run)
+    assert queue.state_of(run).name == "RUNNING"
+    with pytest.raises(HpcmlError, match="not a Slurm job"):
+        queue.cancel(run)
+    batch.close_run(run, 0)
+    assert queue.state_of(run).name == "COMPLETED"
+    assert slurm.asked() == []
+
+
+def test_a_variant_that_waits_its_turn_here_is_pending(slurm: Slurm, tmp_path: Path) -> None:
+    parent = make(tmp_path, None)
+    rundir.claim(parent)
+    child = parent.child("two").make()
+    rundir.write_json(child.plan, {})
+    assert queue.state_of(child).name == "PENDING"
+    rundir.claim(child)
+    assert queue.state_of(child).name == "RUNNING"
+
+
+def test_variants_of_a_queued_comparison(slurm: Slurm, run: RunDir) -> None:
+    first, second, third = (run.child(name).make() for name in ("one", "two", "three"))
+    slurm.say("squeue", "PENDING|Priority")
+    assert queue.state_of(third).name == "PENDING"
+    slurm.say("squeue", "RUNNING|None")
+    rank_ended(first, 0, 1, reason="no")
+    batch.close_run(first, 1)
+    second.log(0).write_text("begun\n")
+    states = [queue.state_of(child) for child in (first, second, third)]
+    assert [state.name for state in states] == ["FAILED", "RUNNING", "PENDING"]
+    assert {state.slurm_job_id for state in states} == {7}
+    slurm.say("squeue", "TIMEOUT|TimeLimit")
+    assert [queue.state_of(child).name for child in (first, second, third)] == ["FAILED", "TIMEOUT", "TIMEOUT"]
+
+
+# ------------------------------------------------------------------ logs and progress
+
+
+def test_progress_in_words(run: RunDir) -> None:
+    assert queue.progress(run) == ""
+    journal = Journal(run.event_file(0, 0, "engine"))
+    journal.write("progress", done=3, total=9, unit="cell", text="")
+    journal.write("progress", done=4, total=9, unit="cell", text="")
+    Journal(run.event_file(1, 0, "engine")).write("progress", done=9, total=9, unit="cell", text="")
+    Journal(run.event_file(0, 0, "rank")).write("progress", done=2, total=5, unit="epoch", text="epoch 2/5 acc 0.9")
+    assert queue.progress(run) == "cell 4/9 · epoch 2/5 acc 0.9"
+
+
+def test_logs_in_order_and_only_a_runs_own(run: RunDir) -> None:
+    for rank in (10, 2, 0):
+        run.log(rank).touch()
+    (run.logs / "slurm-7.out").touch()
+    child = run.child("v").make()
+    child.log(0).touch()
+    (run.code / "logs").mkdir(parents=True)
+    (run.code / "logs" / "out.0.txt").touch()
+    names = [str(path.relative_to(run.path)) for path in queue.log_paths(run)]
+    assert names == ["logs/slurm-7.out", "logs/out.0.txt", "logs/out.2.txt", "logs/out.10.txt", "v/logs/out.0.txt"]
+
+
+def test_following_yields_whole_lines_and_the_last_half_at_the_end(run: RunDir) -> None:
+    def steps() -> Iterator[bool]:
+        run.log(0).write_bytes(b"one\ntw")
+        yield False
+        with run.log(0).open("ab") as file:
+            file.write(b"o\n")
+        run.log(1).write_bytes("ñ \xff".encode("latin-1"))
+        yield False
+        yield True
+
+    script = steps()
+    got = [(path.name, line) for path, line in queue.follow(run, lambda: next(script), poll_s=0)]
+    assert got == [("out.0.txt", "one"), ("out.0.txt", "two"), ("out.1.txt", "\ufffd \ufffd")]
