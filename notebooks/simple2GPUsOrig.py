@@ -123,6 +123,6 @@ speeds = sorted(history["samples_per_s"][1:] or history["samples_per_s"])
 assert abs(result["accuracy"] - history["val_accuracy"][-1]) < 0.005, "evaluated on other images than in training"
 print(
     f"accuracy {result['accuracy']:.3f}, {speeds[len(speeds) // 2]:,.0f} images/s, "
-    f"{strategy.num_replicas_in_sync} replicas"
+    f"replicas in sync: {strategy.num_replicas_in_sync}"
 )
 run.finish()

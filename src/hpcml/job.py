@@ -21,6 +21,7 @@ STRATEGIES = ("original", "mirrored", "multiworker")
 KERAS_FLAVOURS = ("legacy", "3")
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 WORK_KEYS = ("notebook", "script", "command")
+MOST = 10**9  # of anything that is counted
 
 # Slurm's forms (sbatch(1), --time): minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 _TIME = re.compile(
@@ -124,6 +125,8 @@ def load(
     path = Path(path)
     tree, origins = _merge_chain(path, ())
     for key, text in (settings or {}).items():
+        if key == "base":
+            raise HpcmlError(f"base = {text!r} can't be set here", origin="--set base", fix="set it in the job file")
         _assign(tree, origins, key, _literal(text), f"--set {key}")
     declared = tree.setdefault("params", {})
     table = declared if isinstance(declared, dict) else {}
@@ -157,7 +160,7 @@ def from_tree(
         check.add(what, where, allowed=f"exactly one of {', '.join(WORK_KEYS)}")
     work = named[0] if named else "command"
     target = check.strings(tree, work) if work == "command" else (check.text(tree, work) or "",)
-    if work == "command" and named and not target:
+    if work == "command" and named and not any(target[:1]) and not check.problems:
         check.add(
             "command is empty", origins.get("command", ""), allowed='a list of words, such as ["python", "train.py"]'
         )
@@ -212,7 +215,10 @@ def project_of(path: Path) -> Path:
     above ``jobs/``, else the file's own.
     """
     if os.environ.get("HPCML_PROJECT"):
-        return Path(os.environ["HPCML_PROJECT"]).absolute()
+        project = Path(os.environ["HPCML_PROJECT"]).absolute()
+        if not project.is_dir():
+            raise HpcmlError(f"no folder at {project}", origin="HPCML_PROJECT", fix="unset it, or name the project's")
+        return project
     folder = path.absolute().parent
     for parent in (folder, *folder.parents):
         if (parent / ".git").exists() or (parent / "pyproject.toml").exists():
@@ -230,7 +236,7 @@ def _merge_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], di
     base = tree.pop("base", None)
     if base is None:
         return tree, origins
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\x00" in base:
         raise HpcmlError(
             f"base = {base!r} is not a path", origin=f"{path}: base", allowed='a string, such as "mnist.toml"'
         )
@@ -259,7 +265,7 @@ def _read(path: Path, named_by: Path | None) -> dict[str, Any]:
         ) from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of a number or a nesting beyond what Python reads
         raise HpcmlError(
             f"not valid TOML: {error}", origin=str(path), fix="strings need quotes, tables [brackets]"
         ) from None
@@ -286,8 +292,9 @@ def _assign(tree: dict[str, Any], origins: dict[str, str], key: str, value: Any,
     *tables, last = key.split(".")
     if not all((*tables, last)):
         raise HpcmlError(f"{key!r} is not a key", origin=origin, allowed="table.key=value, such as resources.nodes=2")
-    for table in tables:
+    for number, table in enumerate(tables, 1):
         tree = tree.setdefault(table, {})
+        origins.setdefault(".".join(tables[:number]), origin)
         if not isinstance(tree, dict):
             raise HpcmlError(
                 f"{table!r} is not a table", origin=origin, allowed="table.key=value, such as resources.nodes=2"
@@ -301,7 +308,7 @@ def _literal(text: str) -> Any:
         return text
     try:  # inside braces a `# comment` or a second value makes it no literal
         found = tomllib.loads(f"_ = {{_ = {text}}}")["_"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return found["_"] if list(found) == ["_"] else text
 
@@ -366,14 +373,14 @@ class _Checker:
 
     def count(self, tree: Mapping[str, Any], key: str, prefix: str, low: int) -> int | None:
         value = tree.get(key)
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= 10**9):
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= MOST):
             return value
         unit = {"mem_gb": " (GiB a node)", "cpus_per_task": " (cores)"}.get(key, "")
         origin = self.origins.get(prefix + key, prefix + key)
         self.add(
-            f"{prefix}{key} = {value!r} is not a whole number",
+            f"{prefix}{key} = {value!r} is not a whole number" + (" in range" if type(value) is int else ""),
             origin,
-            f"a whole number from {low}{unit}, without quotes",
+            f"a whole number from {low} to {MOST:,}{unit}, without quotes",
         )
         return None
 
@@ -389,7 +396,7 @@ class _Checker:
         value = tree.get("name", path.stem if path else "job")
         if isinstance(value, str) and NAME_PATTERN.fullmatch(value):
             return value
-        origin = self.origins.get("name", "name")
+        origin = self.origins.get("name", f"the file's name, {path}" if path else "name")
         self.add(
             f"name = {value!r} is not a job name",
             origin,

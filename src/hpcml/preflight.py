@@ -169,7 +169,7 @@ def _folders(site: sites.Site, project: Path) -> Iterator[Finding]:
         yield Finding("runs", "bad", error.problems[0].what, error.problems[0].fix)
         return
     existing = next(p for p in (root, *root.parents) if p.exists())
-    if not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield Finding("runs", "bad", f"{root} can't be written to", "set HPCML_RUNS to a folder of yours")
         return
     free_gb = shutil.disk_usage(existing).free / 2**30

@@ -81,7 +81,7 @@ def load(name: str, origin: str = "--site") -> Site:
     """
     sites = known()
     path = Path(name) if name.endswith(".toml") else sites.get(name)
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):
         raise HpcmlError(
             f"unknown site {name!r}",
             origin=origin,
@@ -90,8 +90,10 @@ def load(name: str, origin: str = "--site") -> Site:
         )
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HpcmlError(f"not valid TOML: {error}", origin=str(path)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise HpcmlError(
+            f"not valid TOML: {error}", origin=str(path), fix="hpcml site show generic shows a site's file"
+        ) from None
     return _from_tree(path, tree)
 
 
@@ -142,14 +144,21 @@ def _from_tree(path: Path, tree: Mapping[str, Any]) -> Site:
     for key in top & set(tree) - {"limits", "partitions"}:
         want: type = type(getattr(Site("x"), key)) if key != "mem_gb_per_gpu" else int
         value = tuple(tree[key]) if want is tuple and isinstance(tree[key], list) else tree[key]
-        texts = want is not tuple or all(isinstance(item, str) for item in value)
-        if not isinstance(value, want) or isinstance(value, bool) or not texts:
-            allowed = "a list of strings" if want is tuple else want.__name__
+        fits = isinstance(value, want) and not isinstance(value, bool)
+        if fits and want is tuple:
+            fits = all(isinstance(item, str) for item in value)
+        if fits and want is int:
+            fits = value >= 1
+        if not fits:
+            allowed = {tuple: "a list of strings", int: "a whole number from 1", str: "a string"}[want]
             problems.append(Problem(f"{key} = {tree[key]!r} has the wrong type", str(path), allowed))
         else:
             values[key] = value
     if tree.get("scheduler", "slurm") not in SCHEDULERS:
         problems.append(Problem(f"scheduler = {tree['scheduler']!r}", str(path), ", ".join(SCHEDULERS)))
+    if "{count}" not in values.get("gpu_request", "{count}"):
+        what = f"gpu_request = {tree['gpu_request']!r} does not say how many GPUs"
+        problems.append(Problem(what, str(path), '"gpu:{count}", or with a type "gpu:a100:{count}"'))
     values["limits"] = _limits(problems, tree.get("limits", {}), path, "limits.")
     partitions = tree.get("partitions", {})
     if not isinstance(partitions, dict):

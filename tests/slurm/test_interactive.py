@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,12 +34,11 @@ def terminal(cluster: Cluster, tmp_path: Path) -> Iterator[Terminal]:
         del env[name]
     opened: list[pexpect.spawn[str]] = []
 
-    def open_terminal(*argv: str) -> pexpect.spawn[str]:
+    def open_terminal(*argv: str, project: Path = PROJECT, **variables: str) -> pexpect.spawn[str]:
         # Through bash, because pexpect takes a lone command apart at its spaces.
-        words = [str(SCRIPT), *argv]
-        child = pexpect.spawn(
-            "bash", words, env=env, cwd=str(PROJECT), encoding="utf-8", timeout=60, dimensions=(24, 400)
-        )
+        words = [str(project / SCRIPT.name), *argv]
+        options = {"env": {**env, **variables}, "cwd": str(project), "encoding": "utf-8", "dimensions": (24, 400)}
+        child = pexpect.spawn("bash", words, timeout=60, **options)
         opened.append(child)
         return child
 
@@ -125,3 +127,43 @@ def test_what_dry_run_prints_runs_when_pasted(cluster: Cluster) -> None:
     pasted = shown.replace(" --pty ", " ")  # this test has no terminal to paste into
     done = cluster.run("bash", "-c", pasted)
     assert (done.stdout, done.returncode) == ("[a  b][$HOME]", 0), done.stderr
+
+
+# TensorFlow's import and five epochs: half a minute on two idle cores.
+TRAINING_S = 400
+
+
+def test_the_lesson_as_it_is_typed_in_the_shell(terminal: Terminal, tmp_path: Path) -> None:
+    """``cd notebooks``, ``ipython simple2GPUsSol2.py``: one process on the shell's two GPUs; here it rehearses on CPUs."""
+    project, runs, store = tmp_path / "lesson", tmp_path / "runs", f"sqlite:///{tmp_path}/mlflow.db"
+    for folder in ("notebooks", "scripts"):
+        shutil.copytree(PROJECT / folder, project / folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (project / SCRIPT.name).symlink_to(f"scripts/{SCRIPT.name}")
+    (project / ".venv").symlink_to(sys.prefix)
+
+    shell = terminal(project=project, HPCML_RUNS=str(runs), MLFLOW_TRACKING_URI=store, IPYTHONDIR=str(tmp_path / "ipy"))
+    shell.expect_exact(PROMPT)
+    job = int(ask(shell, "echo $SLURM_JOB_ID"))
+    assert ask(shell, "cd notebooks") == ""
+    shell.timeout = TRAINING_S
+    said = ask(shell, "ipython simple2GPUsSol2.py")
+    before = {path.relative_to(PROJECT / "notebooks") for path in (PROJECT / "notebooks").iterdir()}
+    after = {path.relative_to(project / "notebooks") for path in (project / "notebooks").iterdir()}
+    assert after <= before, "nothing lands beside the notebooks"
+    assert "replicas in sync: 1" in said, said
+    assert "one replica for each process: to rehearse two, run two tasks (tasks_per_node = 2)" in said, said
+    accuracy = re.search(r"accuracy (0\.\d+), [\d,]+ images/s, 1 replicas", said)
+    assert accuracy and float(accuracy[1]) > 0.85, said
+    (run,) = [path.parent for path in runs.glob("*/plan.json")]
+    assert f"hpcml: run {run.name} · COMPLETED · {run}" in said
+    marker = json.loads((run / "status.json").read_text())
+    assert (marker["state"], marker["final"], marker["slurm_job_id"], marker["replicas_in_sync"]) == (
+        *("COMPLETED", True, job, 1),
+    )
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (tracked,) = client.search_runs(experiments)
+    assert tracked.info.status == "FINISHED"
+    assert len(client.get_metric_history(tracked.info.run_id, "val_accuracy")) == 5

@@ -72,7 +72,7 @@ def _report(run: rundir.RunDir, as_json: bool) -> int:
         click.echo(f"  files     {run.path}")
         delivered = show.deliver(run)
         for child in children:
-            show.deliver(child)
+            show.deliver(child, announce=False)
         if delivered:
             click.echo(f"  mlflow    {delivered}")
     if as_json:

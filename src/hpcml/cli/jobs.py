@@ -40,7 +40,7 @@ set_option = click.option(
 def init_command(script: Path, output: Path | None) -> int:
     """Write a job file for a script or notebook."""
     project = jobs.project_of(script)
-    if not script.is_file():
+    if not os.path.isfile(script):
         raise HpcmlError(f"no script or notebook at {script}", fix="check the path")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", script.stem)[:64].lstrip("._-") or "job"
     target = output or project / "jobs" / f"{name}.toml"

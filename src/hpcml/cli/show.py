@@ -68,11 +68,13 @@ def finish(run: RunDir, state: queue.State, *, log_tail: bool) -> int:
     return JOB_FAILED
 
 
-def deliver(run: RunDir) -> str:
+def deliver(run: RunDir, *, announce: bool = True) -> str:
     """Send a run to MLflow and return where it is; what can't be sent stays for ``hpcml sync`` and is said."""
     try:
         from ..tracking import mlflow
 
+        if announce:  # the first delivery also makes the database, which takes some seconds
+            click.echo("hpcml: delivering to MLflow …", err=True)
         plan = rundir.read_json(run.plan)
         done = mlflow.deliver(run, mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"])))
         return f"{done.experiment} at {done.uri}"

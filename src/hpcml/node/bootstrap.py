@@ -38,14 +38,13 @@ class Bootstrap:
     def describe(self) -> str:
         """Return one line for the log."""
         place, given = self.topology, self.devices
-        what = (
-            f"GPU {','.join(given.gpus)}"
-            if given.gpus
-            else f"{given.virtual} virtual CPU devices" * bool(given.virtual)
-        )
+        if given.gpus:
+            what = f"GPU {','.join(given.gpus)}"
+        else:
+            what = _count(given.virtual, "virtual CPU device") if given.virtual else "CPU"
         return (
-            f"rank {place.rank} of {place.world} ({place.source}) · {what or 'CPU'} · "
-            f"{self.threads.cores} cores ({self.threads.origin})"
+            f"rank {place.rank} of {place.world} ({place.source}) · {what} · "
+            f"{_count(self.threads.cores, 'core')} ({self.threads.origin})"
         )
 
     def facts(self) -> dict[str, object]:
@@ -120,6 +119,10 @@ def received(environment: Mapping[str, str]) -> Bootstrap | None:
         threads.Threads(**data["threads"]),
         {},
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
