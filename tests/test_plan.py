@@ -229,7 +229,7 @@ def test_parameters_are_read_from_a_percent_script_and_a_notebook(tmp_path: Path
     script.write_text(f'# %% [markdown] parameters, tags\n# x\n# %% tags=["parameters"]\n{cell}# %%\nlr = 3\n')
     notebook = tmp_path / "t.ipynb"
     tagged = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": cell.splitlines(keepends=True)}
-    notebook.write_text(json.dumps({"cells": [{"metadata": {}, "source": "lr = 9"}, tagged]}))
+    notebook.write_text(json.dumps({"nbformat": 4, "cells": [{"metadata": {}, "source": "lr = 9"}, tagged]}))
     for path in (script, notebook):
         declared = looked_up.declared_parameters(path)
         assert declared == Declared({"lr": 0.1, "epochs": -5, "name": "a", "big": None})
@@ -292,7 +292,7 @@ lines = st.text("ab cß\"'$`#\\", min_size=1, max_size=10)
 @given(
     params=st.dictionaries(st.from_regex(r"[a-z_]{1,5}", fullmatch=True), scalars, max_size=4),
     extra=st.lists(lines.map("--comment={}".format), max_size=2),
-    command=st.lists(texts, min_size=1, max_size=3),
+    command=st.lists(texts, min_size=1, max_size=3).filter(lambda words: words[0]),
     variables=st.dictionaries(st.from_regex(r"[A-Z]{1,5}", fullmatch=True), texts, max_size=2),
     gpus=st.integers(0, 3),
 )

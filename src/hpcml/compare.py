@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def parent_of(plans: Sequence[Plan]) -> Plan:
     twice = sorted({name for name in names if names.count(name) > 1})
     if len(plans) < 2 or twice:
         what = f"{', '.join(twice)} is given twice" if twice else "one job alone can't be compared"
+        raise HpcmlError(what, origin="compare", allowed="two jobs or more, each of its own name")
+    if taken := [name for name in names if name in rundir.NAMES]:
+        what = f"{', '.join(taken)} is the name of a file or folder of every run"
         raise HpcmlError(what, origin="compare", allowed="two jobs or more, each of its own name")
     problems = unfair({plan.name: plan for plan in plans})
     if problems:
@@ -54,12 +58,17 @@ def parent_of(plans: Sequence[Plan]) -> Plan:
 
 def start_here(parent: Plan, plans: Sequence[Plan], site: Site) -> RunDir:
     """Make the run directories of a comparison that runs here."""
-    root = rundir.runs_root(site, Path(parent.project))
-    run = rundir.create(root, parent.name)
-    rundir.write_json(run.plan, parent.to_json())
-    rundir.claim(run)
     for plan in plans:
-        batch.prepare(run.child(plan.name).make(), plan)
+        local.python_of(plan)
+    run = rundir.create(rundir.runs_root(site, Path(parent.project)), parent.name)
+    try:
+        rundir.write_json(run.plan, parent.to_json())
+        rundir.claim(run)
+        for plan in plans:
+            batch.prepare(run.child(plan.name).make(), plan)
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run
 
 

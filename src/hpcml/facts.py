@@ -54,7 +54,7 @@ def gather(job: Job, site: Site, *, ask_queue: bool = True) -> Facts:
         ask_queue: whether to ask sinfo; a bare render and a node of the allocation don't.
     """
     target = job.project / job.target[0] if job.work in ("notebook", "script") and job.target else None
-    exists = target.is_file() if target else None
+    exists = os.path.isfile(target) if target else None
     partitions = tuple(commands.partitions()) if ask_queue and site.scheduler == "slurm" else ()
     local = site.scheduler == "local"
     return Facts(
@@ -82,7 +82,10 @@ def declared_parameters(path: Path) -> Declared | None:
     Raises:
         HpcmlError: the notebook isn't one, or its parameters cell isn't Python.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise HpcmlError(f"{path} can't be read: {error.strerror}", fix="make it readable") from None
     if path.suffix == ".ipynb":
         cell = _notebook_cell(path, text)
     elif _CELL.search(text):
@@ -94,10 +97,11 @@ def declared_parameters(path: Path) -> Declared | None:
 
 def _notebook_cell(path: Path, text: str) -> str:
     try:
-        cells = json.loads(text)["cells"]
+        notebook = json.loads(text)
+        cells = notebook["cells"] if notebook["nbformat"] else []
         tagged = (c for c in cells if "parameters" in c.get("metadata", {}).get("tags", []))
         return next(("".join(c["source"]) for c in tagged), "")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise HpcmlError(
             f"{path} is not a notebook", fix="open and save it in JupyterLab, or point to another"
         ) from None
@@ -116,15 +120,17 @@ def _assignments(path: Path, cell: str) -> dict[str, Scalar | None]:
 
     try:
         body = ast.parse(cell).body
-    except SyntaxError as error:
-        raise HpcmlError(f"the parameters cell of {path} is not Python: {error.msg}, line {error.lineno}") from None
+    except (SyntaxError, ValueError, RecursionError) as error:  # NUL characters are a ValueError
+        where = f"{error.msg}, line {error.lineno}" if isinstance(error, SyntaxError) else str(error)
+        fix = "only assignments such as epochs = 5 belong there"
+        raise HpcmlError(f"the parameters cell of {path} is not Python: {where}", fix=fix) from None
     found: dict[str, Scalar | None] = {}
     for node in body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         try:
             value = ast.literal_eval(node.value) if node.value is not None else None
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             value = None
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             if isinstance(target, ast.Name):

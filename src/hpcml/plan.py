@@ -14,6 +14,8 @@ from .site import Limits, Site
 
 ONE_PROCESS = ("original", "mirrored")
 NO_FACTS = Facts()
+# On this machine every task is a process, of about 1 GB with TensorFlow.
+MOST_TASKS_HERE = 64
 # Params that make two trainings comparable when they are equal.
 FAIR_PARAMS = ("global_batch", "seed", "epochs", "data")
 
@@ -111,8 +113,7 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
     if site.scheduler == "local":
         asked = _capped(asked, facts, notes, origins)
     problems = [*_shape(job, asked, facts), *_work(job, facts)]
-    if site.scheduler == "slurm":
-        problems += _limits(job, site, facts, asked)
+    problems += _limits(job, site, facts, asked) if site.scheduler == "slurm" else _too_many_here(job, asked)
     if problems:
         raise HpcmlError(problems)
     declared = facts.declared.defaults if facts.declared else {}
@@ -188,6 +189,15 @@ def _shape(job: Job, asked: Resources, facts: Facts) -> list[Problem]:
                 'for several tasks: strategy = "multiworker"',
             )
         )
+    if job.strategy == "multiworker" and job.keras == "3":
+        problems.append(
+            Problem(
+                "MultiWorkerMirroredStrategy with model.fit fails on Keras 3 (keras-team/keras#20585)",
+                job.origins.get("keras", "keras"),
+                'keras = "legacy" (tf-keras)',
+                "set keras only in the base job that the variants share",
+            )
+        )
     if asked.gpus_per_node and asked.gpus_per_node % asked.tasks_per_node:
         problems.append(
             Problem(
@@ -207,6 +217,15 @@ def _shape(job: Job, asked: Resources, facts: Facts) -> list[Problem]:
     return problems
 
 
+def _too_many_here(job: Job, asked: Resources) -> list[Problem]:
+    tasks = asked.nodes * asked.tasks_per_node
+    if tasks <= MOST_TASKS_HERE:
+        return []
+    key = "resources.nodes" if asked.nodes > asked.tasks_per_node else "resources.tasks_per_node"
+    what = f"{tasks} tasks would be {tasks} processes on this machine"
+    return [Problem(what, job.origins.get(key, key), f"at most {MOST_TASKS_HERE} without a queue", "hpcml submit JOB")]
+
+
 def _work(job: Job, facts: Facts) -> list[Problem]:
     problems = []
     if job.work in ("notebook", "script") and (
@@ -222,6 +241,9 @@ def _work(job: Job, facts: Facts) -> list[Problem]:
         problems.append(
             Problem(f"{job.target[0]} is no notebook", job.origins.get("notebook", ""), "a path ending in .ipynb")
         )
+    if job.work == "script" and job.target[0].endswith(".ipynb"):
+        where = job.origins.get("script", "script")
+        problems.append(Problem(f"{job.target[0]} is a notebook", where, fix=f'notebook = "{job.target[0]}"'))
     if facts.target_exists is False:
         where = job.origins.get(job.work, job.work)
         problems.append(

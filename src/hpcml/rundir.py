@@ -135,6 +135,12 @@ class RunDir:
         return self
 
 
+# The fixed names in a run directory; a comparison's variants lie beside them.
+NAMES = frozenset(
+    getattr(RunDir(Path(), ""), name).name for name, value in vars(RunDir).items() if isinstance(value, property)
+) | {RunDir(Path(), "").notebook(0).name}
+
+
 def runs_root(site: Site, project: Path) -> Path:
     """Return the runs folder: ``$HPCML_RUNS``, else the site's."""
     if os.environ.get("HPCML_RUNS"):
@@ -207,8 +213,10 @@ def find(root: Path, reference: str | None) -> RunDir:
     Raises:
         HpcmlError: no such run; the newest few are named.
     """
-    if reference and (RunDir(root, reference).plan).exists() and ".." not in reference:
-        return RunDir(root, reference)
+    words = reference.rstrip("/").split("/") if reference else []  # completion in a shell adds a slash
+    is_id = 0 < len(words) <= 2 and not {"", ".", "..", "code"} & set(words)
+    if is_id and os.path.isfile(RunDir(root, "/".join(words)).plan):
+        return RunDir(root, "/".join(words))
     newest: list[str] = []
     for run in every(root):
         newest.append(run.id)

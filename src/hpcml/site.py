@@ -94,7 +94,8 @@ def load(name: str, origin: str = "--site") -> Site:
         raise HpcmlError(
             f"not valid TOML: {error}", origin=str(path), fix="hpcml site show generic shows a site's file"
         ) from None
-    return _from_tree(path, tree)
+    # A site given by its file goes by its path, so that the node and later commands find it again.
+    return _from_tree(path, tree, path.stem if path in sites.values() else str(path.absolute()))
 
 
 def choose(name: str | None = None, cluster_name: str | None = None) -> tuple[Site, str]:
@@ -136,20 +137,15 @@ def expand(text: str, origin: str, project: Path) -> str:
     return re.sub(r"\$\{?(\w+)\}?", lambda match: variables[match[1]], text)
 
 
-def _from_tree(path: Path, tree: Mapping[str, Any]) -> Site:
+def _from_tree(path: Path, tree: Mapping[str, Any], name: str) -> Site:
     problems: list[Problem] = []
     top = {f.name for f in fields(Site)} - {"name", "path"}
     _unknown(problems, tree, top, path, "")
-    values: dict[str, Any] = {"name": path.stem, "path": path}
+    values: dict[str, Any] = {"name": name, "path": path}
     for key in top & set(tree) - {"limits", "partitions"}:
         want: type = type(getattr(Site("x"), key)) if key != "mem_gb_per_gpu" else int
         value = tuple(tree[key]) if want is tuple and isinstance(tree[key], list) else tree[key]
-        fits = isinstance(value, want) and not isinstance(value, bool)
-        if fits and want is tuple:
-            fits = all(isinstance(item, str) for item in value)
-        if fits and want is int:
-            fits = value >= 1
-        if not fits:
+        if not _fits(value, want):
             allowed = {tuple: "a list of strings", int: "a whole number from 1", str: "a string"}[want]
             problems.append(Problem(f"{key} = {tree[key]!r} has the wrong type", str(path), allowed))
         else:
@@ -170,6 +166,14 @@ def _from_tree(path: Path, tree: Mapping[str, Any]) -> Site:
     if problems:
         raise HpcmlError(problems)
     return Site(**values)
+
+
+def _fits(value: Any, want: type) -> bool:
+    if not isinstance(value, want) or isinstance(value, bool):
+        return False
+    if isinstance(value, tuple):
+        return all(isinstance(item, str) for item in value)
+    return not isinstance(value, int) or value >= 1
 
 
 def _limits(problems: list[Problem], table: Any, path: Path, prefix: str) -> Limits:

@@ -133,6 +133,7 @@ def test_what_dry_run_prints_runs_when_pasted(cluster: Cluster) -> None:
 TRAINING_S = 400
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # MLflow's use of SQLAlchemy 2.1
 def test_the_lesson_as_it_is_typed_in_the_shell(terminal: Terminal, tmp_path: Path) -> None:
     """``cd notebooks``, ``ipython simple2GPUsSol2.py``: one process on the shell's two GPUs; here it rehearses on CPUs."""
     project, runs, store = tmp_path / "lesson", tmp_path / "runs", f"sqlite:///{tmp_path}/mlflow.db"

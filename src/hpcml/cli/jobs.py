@@ -126,12 +126,10 @@ def check_command(
 def run_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], site: str | None, as_json: bool) -> int:
     """Run a job here and now, in the foreground: on this machine, or inside an allocation."""
     from ..launch import local
-    from ..node import batch
 
     ready = prepare(job, site or here(), dict(params), dict(settings))
     needs_allocation(ready)
-    run = rundir.create(rundir.runs_root(ready.site, Path(ready.plan.project)), ready.plan.name)
-    batch.prepare(run, ready.plan)
+    run = local.make(ready.plan, rundir.runs_root(ready.site, Path(ready.plan.project)))
     announce(ready, f"run {run.id}", to_stderr=as_json)
     with quiet_stdout(as_json):
         local.run(ready.plan, run)

@@ -37,6 +37,8 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
 def logs_command(run: str | None, follow: bool, rank: int | None, site: str | None) -> int:
     """Print the ranks' logs."""
     found = rundir.find(show.root_of(site), run)
+    if rank is not None:
+        _has_rank(found, rank)
     if follow:
         for path, line in queue.follow(found, lambda: queue.state_of(found).is_final):
             if rank is None or path.name == f"out.{rank}.txt":
@@ -52,6 +54,13 @@ def logs_command(run: str | None, follow: bool, rank: int | None, site: str | No
             for line in file:
                 click.echo(prefix + line, nl=line.endswith("\n") is False)
     return DONE
+
+
+def _has_rank(run: rundir.RunDir, rank: int) -> None:
+    plan = rundir.read_json(run.plan)
+    tasks = int(plan.get("nodes", 1)) * int(plan.get("tasks_per_node", 1))
+    if rank >= tasks:
+        raise HpcmlError(f"run {run.id} has no rank {rank}", origin="--rank", allowed=f"0 to {tasks - 1}")
 
 
 def _prefix(run: rundir.RunDir, path: Path) -> str:
@@ -125,7 +134,8 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
         job, replicas = str(state.slurm_job_id or ""), str(state.replicas_in_sync or "")
         colour = show.COLOURS.get(state.name, "red")
         why = state.reason or ("" if state.is_final else state.progress)
-        table.add_row(state.run_id, f"[{colour}]{state.name}[/]", job, replicas, took, why)
+        name = f"  └ {state.run_id.split('/')[1]}" if "/" in state.run_id else state.run_id
+        table.add_row(name, f"[{colour}]{state.name}[/]", job, replicas, took, why)
     Console().print(table)
     return DONE
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from .. import rundir
+from ..errors import HpcmlError
 from ..node import batch, bootstrap, topology
 from ..plan import Plan
 from ..rundir import RunDir
@@ -19,6 +21,22 @@ from ..slurm import commands
 # After TERM the ranks have this long before KILL: a little more than a worker gives its child.
 GRACE_S = 25
 _POLL_S = 0.1
+
+
+def make(plan: Plan, root: Path) -> RunDir:
+    """Make the run directory of a plan that is to run here; nothing stays behind where that fails.
+
+    Raises:
+        HpcmlError: its Python is not there, or the project can't be copied.
+    """
+    python_of(plan)
+    run_dir = rundir.create(root, plan.name)
+    try:
+        batch.prepare(run_dir, plan)
+    except BaseException:
+        shutil.rmtree(run_dir.path, ignore_errors=True)
+        raise
+    return run_dir
 
 
 def run(plan: Plan, run_dir: RunDir) -> dict[str, object]:
@@ -73,7 +91,7 @@ class _Ended:
 
 def _start(plan: Plan, run_dir: RunDir) -> list[subprocess.Popen[bytes]]:
     own = {"HPCML_RUN": run_dir.id, "HPCML_RUNS": str(run_dir.root), "HPCML_PROJECT": plan.project}
-    python = _python(plan)
+    python = python_of(plan)
     inside = bool(os.environ.get("SLURM_JOB_ID"))
     if inside and plan.nodes > 1:
         words = ["srun", "--overlap", f"--nodes={plan.nodes}", f"--ntasks={plan.tasks}"]
@@ -106,10 +124,20 @@ def _job_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ}
 
 
-def _python(plan: Plan) -> str:
-    """The Python that runs the work: ``$HPCML_PYTHON``, the job's, else the one that runs hpcml here."""
-    wanted = os.environ.get("HPCML_PYTHON") or (os.path.expandvars(plan.env.python) if plan.env.python else "")
-    return str(Path(plan.project, wanted)) if "/" in wanted else wanted or sys.executable
+def python_of(plan: Plan) -> str:
+    """Return the Python that runs the work: ``$HPCML_PYTHON``, the job's, else the one that runs hpcml here.
+
+    Raises:
+        HpcmlError: it is not there.
+    """
+    forced = os.environ.get("HPCML_PYTHON", "")
+    wanted = forced or (os.path.expandvars(plan.env.python) if plan.env.python else "")
+    python = str(Path(plan.project, wanted)) if "/" in wanted else wanted or sys.executable
+    if not shutil.which(python):
+        own = plan.origins.get("env.python") or plan.origins.get("env.name") or "[env]"
+        fix = "unset it, or name a Python that has hpcml" if forced else "make that environment, or name another"
+        raise HpcmlError(f"no Python at {python}", origin="HPCML_PYTHON" if forced else f"env.python ({own})", fix=fix)
+    return python
 
 
 def _end(workers: list[subprocess.Popen[bytes]], cause: str) -> None:

@@ -1,11 +1,13 @@
 """From a job file and a site's name to a plan: the one way in for every command."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import facts, job, plan
 from .. import site as sites
+from ..node import devices, topology
 from ..slurm import commands
 
 
@@ -38,4 +40,6 @@ def prepare(
     wanted = job.load(job_file, params, settings)
     where, why = sites.choose(site_name, None if site_name else commands.cluster_name())
     decided = plan.resolve(wanted, where, facts.gather(wanted, where, ask_queue=ask_queue))
+    devices.mode_of(os.environ)  # what a worker would refuse is refused here, before anything is made
+    topology.wanted_port(decided.tasks, os.environ)
     return Prepared(decided, where, why, {"params": dict(params or {}), "settings": dict(settings or {})})

@@ -66,6 +66,7 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
     restart, now = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0), time.time()
     ranks = [rundir.read_json(path) for path in sorted(run.path.glob("status.*.json"))]
     ranks = [rank for rank in ranks if rank.get("restart", 0) == restart]
+    variants = [rundir.read_json(path) for path in run.path.glob("*/status.json")]  # only a comparison has some
     failed = sorted((rank for rank in ranks if rank.get("exit_code")), key=lambda rank: rank["ended"])
     stop = rundir.read_json(run.stop)
     first_end = min((rank["ended"] for rank in (failed or ranks)), default=now)
@@ -84,7 +85,7 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
         "failed_rank": failed[0]["rank"] if failed else None,
         "signal": signal,
         "replicas_in_sync": next((r["replicas_in_sync"] for r in ranks if r.get("replicas_in_sync")), None),
-        "started": min((rank["started"] for rank in ranks), default=now),
+        "started": min((part["started"] for part in ranks or variants), default=now),
         "ended": now,
         "restarts": restart,
         "slurm_job_id": int(os.environ.get("SLURM_JOB_ID", "0") or 0) or rundir.slurm_job_id(run),

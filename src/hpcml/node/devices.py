@@ -35,6 +35,18 @@ class Devices:
         return len(self.gpus) or max(1, self.virtual)
 
 
+def mode_of(environment: Mapping[str, str]) -> str:
+    """Return the kind of device that ``HPCML_DEVICES`` asks for.
+
+    Raises:
+        HpcmlError: there is no such kind.
+    """
+    mode = environment.get("HPCML_DEVICES", "auto") or "auto"
+    if mode not in MODES:
+        raise HpcmlError(f"{mode!r} is not a kind of device", origin="HPCML_DEVICES", allowed=", ".join(MODES))
+    return mode
+
+
 def choose(topology: Topology, environment: Mapping[str, str], machine_gpus: int, gpus_per_node: int | None) -> Devices:
     """Choose a task's devices.
 
@@ -45,9 +57,7 @@ def choose(topology: Topology, environment: Mapping[str, str], machine_gpus: int
     Raises:
         HpcmlError: GPUs were asked for but none are given, or they can't be shared by the tasks.
     """
-    mode = environment.get("HPCML_DEVICES", "auto") or "auto"
-    if mode not in MODES:
-        raise HpcmlError(f"{mode!r} is not a kind of device", origin="HPCML_DEVICES", allowed=", ".join(MODES))
+    mode = mode_of(environment)
     if gpus_per_node == 0 and mode != "gpu":
         return Devices(reason="the job asks for no GPU")
     in_slurm = bool(environment.get("SLURM_JOB_ID"))

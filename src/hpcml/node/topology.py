@@ -120,15 +120,9 @@ def first_port(topology: Topology, environment: Mapping[str, str]) -> int:
     Raises:
         HpcmlError: ``HPCML_PORT`` is no port that leaves room for all ranks.
     """
-    wanted = environment.get("HPCML_PORT")
-    if wanted:
-        if not wanted.isdecimal() or not 1024 <= int(wanted) <= LAST_PORT - topology.world + 1:
-            raise HpcmlError(
-                f"{wanted!r} is no port for {topology.world} ranks",
-                origin="HPCML_PORT",
-                allowed=f"1024 to {LAST_PORT - topology.world + 1}",
-            )
-        return int(wanted)
+    wanted = wanted_port(topology.world, environment)
+    if wanted is not None:
+        return wanted
     job = int(environment.get("SLURM_JOB_ID", "0") or 0) or _starter_number(environment)
     step = int(environment.get("SLURM_STEP_ID", "0") or 0)
     # Slurm's special steps (batch, interactive, extern) have ids near 2**32.
@@ -143,6 +137,24 @@ def _starter_number(environment: Mapping[str, str]) -> int:
     """A number that all ranks of one torchrun or mpirun share, and another one's ranks hardly do."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
     return zlib.crc32("|".join(environment.get(name, "") for name in names).encode())
+
+
+def wanted_port(world: int, environment: Mapping[str, str]) -> int | None:
+    """Return the first port that ``HPCML_PORT`` asks for, None where it doesn't.
+
+    Raises:
+        HpcmlError: it is no port that leaves room for all ranks.
+    """
+    wanted = environment.get("HPCML_PORT")
+    if not wanted:
+        return None
+    highest = LAST_PORT - world + 1
+    if not re.fullmatch(r"[0-9]{1,5}", wanted) or not 1024 <= int(wanted) <= highest:
+        raise HpcmlError(
+            f"{wanted!r} is no port for {world} rank{'s' * (world > 1)}",
+            origin="HPCML_PORT", allowed=f"1024 to {highest}", fix="unset it: a free one is found",
+        )  # fmt: skip
+    return int(wanted)
 
 
 def tf_config(topology: Topology, hosts: Sequence[str]) -> str:
