@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ def gather(job: Job, site: Site, *, ask_queue: bool = True) -> Facts:
     """
     target = job.project / job.target[0] if job.work in ("notebook", "script") and job.target else None
     exists = os.path.isfile(target) if target else None
-    partitions = tuple(commands.partitions()) if ask_queue and site.scheduler == "slurm" else ()
+    partitions = tuple(commands.partitions()) if ask_queue and has_queue_here(site) else ()
     local = site.scheduler == "local"
     return Facts(
         target_exists=exists,
@@ -65,6 +66,13 @@ def gather(job: Job, site: Site, *, ask_queue: bool = True) -> Facts:
         mem_gb=_memory_gb() if local else None,
         gpus=(0 if os.environ.get("HPCML_DEVICES") == "cpu" else count_gpus()) if local else None,
     )
+
+
+def has_queue_here(site: Site) -> bool:
+    """Return whether the Slurm at hand, if there is one, is this site's: another cluster's limits say nothing of it."""
+    if site.scheduler != "slurm" or not shutil.which("sinfo"):
+        return False
+    return not site.cluster_names or commands.cluster_name() in site.cluster_names
 
 
 def count_gpus() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import rundir
 from . import site as sites
 from .errors import HpcmlError, ServiceSilent
-from .facts import count_gpus
+from .facts import count_gpus, has_queue_here
 from .job import clock, project_of
 from .launch import sbatch
 from .launch.prepare import Prepared
@@ -149,6 +149,8 @@ def _request(plan: Plan) -> str:
 
 
 def _start_estimate(ready: Prepared) -> Finding:
+    if not has_queue_here(ready.site):
+        return Finding("queue", "note", f"no start estimate: this machine has no queue of site {ready.site.name}")
     script = sbatch.render(ready.plan, ready.site, ready.overrides)
     try:
         accepted, words = commands.test_only(script, Path(ready.plan.project))
