@@ -67,7 +67,7 @@ def doctor(site_name: str | None) -> list[Finding]:
     except HpcmlError as error:
         return [*found, Finding("site", "bad", str(error.problems[0]), error.problems[0].fix)]
     found.append(Finding("site", "good", f"{site.name} ({why})"))
-    found.append(_queue_health())
+    found.append(_queue_health(site))
     found += [_package(name, extra) for name, extra in _PACKAGES]
     gpus = count_gpus()
     seen = (
@@ -128,7 +128,7 @@ def _package(name: str, extra: str) -> Finding:
     return Finding(name, "good", "installed")
 
 
-def _queue_health() -> Finding:
+def _queue_health(site: sites.Site) -> Finding:
     if not shutil.which("sbatch"):
         return Finding(
             "slurm", "note", "no sbatch on PATH: jobs run on this machine", "scripts/devcluster up gives a real one"
@@ -136,7 +136,8 @@ def _queue_health() -> Finding:
     try:
         names = [p.name + ("*" if p.is_default else "") for p in commands.partitions()]
     except ServiceSilent as error:
-        return Finding("slurm", "bad", str(error.problems[0].what), error.problems[0].fix)
+        verdict = "bad" if site.scheduler == "slurm" else "note"
+        return Finding("slurm", verdict, str(error.problems[0].what), error.problems[0].fix)
     return Finding("slurm", "good", f"cluster {commands.cluster_name()}, partitions {', '.join(names)}")
 
 

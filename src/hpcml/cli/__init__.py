@@ -12,6 +12,8 @@ def main() -> int:
         return 0
     from .root import run
 
-    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):  # a terminal or file that can't hold a character shows it as \u2713
+    for stream in filter(
+        None, (sys.__stdout__, sys.__stderr__)
+    ):  # a terminal or file that can't hold a character shows it as \u2713
         stream.reconfigure(errors="backslashreplace")
     return run(sys.argv[1:])

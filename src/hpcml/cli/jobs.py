@@ -10,7 +10,7 @@ import click
 
 from .. import job as jobs
 from .. import rundir
-from ..errors import BAD_INPUT, DONE, INTERRUPTED, HpcmlError
+from ..errors import DONE, INTERRUPTED, HpcmlError
 from ..launch.prepare import Prepared, prepare
 from .root import json_option, site_option
 
@@ -105,16 +105,7 @@ def check_command(
     from ..preflight import check
     from . import show
 
-    ready = prepare(job, site, dict(params), dict(settings))
-    found = check(ready)
-    bad = [line for line in found if line.verdict == "bad"]
-    if as_json:
-        show.echo_json([vars(line) for line in found])
-    else:
-        for line in found:
-            mark = {"good": click.style("✓", fg="green"), "bad": click.style("✗", fg="red")}.get(line.verdict, "·")
-            click.echo(f"{mark} {line.topic:<12} {line.text}" + (f"\n    fix: {line.fix}" if line.fix else ""))
-    return BAD_INPUT if bad else DONE
+    return show.findings(check(prepare(job, site, dict(params), dict(settings))), as_json)
 
 
 @click.command("run")

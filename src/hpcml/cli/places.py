@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from .. import site as sites
-from ..errors import BAD_INPUT, DONE
+from ..errors import DONE
 from ..slurm import commands
 from . import show
 from .root import json_option, site_option
@@ -69,11 +69,4 @@ def doctor_command(site: str | None, as_json: bool) -> int:
     """Look at this machine and environment, and say what is missing and how to get it."""
     from ..preflight import doctor
 
-    found = doctor(site)
-    if as_json:
-        show.echo_json([vars(line) for line in found])
-    else:
-        for line in found:
-            mark = {"good": click.style("✓", fg="green"), "bad": click.style("✗", fg="red")}.get(line.verdict, "·")
-            click.echo(f"{mark} {line.topic:<12} {line.text}" + (f"\n    fix: {line.fix}" if line.fix else ""))
-    return BAD_INPUT if any(line.verdict == "bad" for line in found) else DONE
+    return show.findings(doctor(site), as_json)

@@ -5,16 +5,19 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import queue, rundir
 from .. import site as sites
-from ..errors import DONE, JOB_FAILED, HpcmlError
+from ..errors import BAD_INPUT, DONE, JOB_FAILED, HpcmlError
 from ..job import clock
 from ..rundir import RunDir
 from ..tracking import journal
+
+if TYPE_CHECKING:
+    from ..preflight import Finding
 
 COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "UNKNOWN": "magenta"}
 
@@ -22,6 +25,17 @@ COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "UNKNOW
 def echo_json(value: Mapping[str, Any] | list[Any]) -> None:
     """Print JSON for another program."""
     click.echo(json.dumps(value, indent=1, default=str))
+
+
+def findings(found: "list[Finding]", as_json: bool) -> int:
+    """Print what a look at things found; returns the exit code: 2 where something is bad."""
+    if as_json:
+        echo_json([vars(line) for line in found])
+    else:
+        for line in found:
+            mark = {"good": click.style("✓", fg="green"), "bad": click.style("✗", fg="red")}.get(line.verdict, "·")
+            click.echo(f"{mark} {line.topic:<12} {line.text}" + (f"\n    fix: {line.fix}" if line.fix else ""))
+    return BAD_INPUT if any(line.verdict == "bad" for line in found) else DONE
 
 
 def state_word(name: str) -> str:

@@ -4,17 +4,15 @@ Everything is read from the run directories, so that a comparison can be made ag
 """
 
 import dataclasses
-import math
 import re
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import plan as plans
 from ..errors import HpcmlError
-from ..rundir import RunDir, read_json
-from ..tracking import journal
+from ..rundir import RunDir
+from .measured import Epoch, Measured, measure, plan_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,53 +22,6 @@ BASELINE = "original"
 ACCURACY_POINTS = 2.0
 MISSING = "–"
 _TENSORFLOW_DEVICE = re.compile(r"(?:.*:)?(CPU|GPU|TPU):\d+", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch as rank 0 recorded it; ``number`` counts from 1, accuracies are fractions (0 to 1)."""
-
-    number: int
-    samples_per_s: float | None = None
-    val_accuracy: float | None = None
-    accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one run measured in its last restart; None where it recorded nothing.
-
-    Attributes:
-        state: the end marker's, such as ``COMPLETED``; ``UNKNOWN`` without a marker of the last restart.
-        replicas: replicas in sync; ``expected_replicas`` as planned.
-        virtual: whether the devices are virtual CPU devices, which share the same cores.
-        devices: names as the framework gives them.
-        global_batch: samples a step, over all replicas.
-        samples_per_s: over all replicas; median of the epochs after the first, which also traces and warms up. A
-            single epoch is used as it is, with a warning.
-        step_time_ms: median likewise.
-        accuracy: fraction (0 to 1) at the last epoch; on validation data where ``validated``, else on training data.
-        error: one line, for a run that did not complete.
-    """
-
-    name: str
-    run_id: str
-    strategy: str | None
-    state: str
-    replicas: int | None
-    expected_replicas: int | None
-    virtual: bool
-    devices: tuple[str, ...]
-    global_batch: int | None
-    samples_per_s: float | None
-    step_time_ms: float | None
-    time_to_first_step_s: float | None
-    accuracy: float | None
-    validated: bool
-    train_accuracy: float | None
-    epochs: tuple[Epoch, ...] = ()
-    warnings: tuple[str, ...] = ()
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,38 +68,6 @@ class Comparison:
         return batches.pop() if len(batches) == 1 else None
 
 
-def measure(run: RunDir) -> Measured:
-    """Read what a run measured; whatever is absent or unreadable is None, never an error."""
-    plan = _plan(run)
-    records, status = _last_restart(run)
-    metrics = _metrics(records)
-    state = status["state"] if isinstance(status.get("state"), str) else "UNKNOWN"
-    told = [record for record in records if record["kind"] == "replicas" and record["rank"] == 0]
-    replicas: Mapping[str, Any] = told[-1] if told else {}
-    names = replicas.get("devices")
-    validated = any("val_accuracy" in values for values in metrics.values())
-    return Measured(
-        name=run.id.rsplit("/", 1)[1] if "/" in run.id else plan.name if plan else run.id,
-        run_id=run.id,
-        strategy=plan.strategy if plan else None,
-        state=state,
-        replicas=_count(replicas.get("in_sync", status.get("replicas_in_sync"))),
-        expected_replicas=_count(replicas.get("expected")),
-        virtual=replicas.get("virtual") is True,
-        devices=tuple(map(str, names)) if isinstance(names, list) else (),
-        global_batch=_count(plan.effective_params.get("global_batch")) if plan else None,
-        samples_per_s=_steady(metrics, "samples_per_s"),
-        step_time_ms=_steady(metrics, "step_time_ms"),
-        time_to_first_step_s=_number(metrics.get(0, {}).get("time_to_first_step_s")),
-        accuracy=_final(metrics, "val_accuracy" if validated else "accuracy"),
-        validated=validated,
-        train_accuracy=_final(metrics, "accuracy"),
-        epochs=_epochs(metrics),
-        warnings=_warnings(records, metrics, replicas),
-        error=None if state == "COMPLETED" else _error(records, status, run),
-    )
-
-
 def compare(runs: Sequence[RunDir]) -> Comparison:
     """Measure runs and set them beside the first whose strategy is ``original``, else beside the first.
 
@@ -162,7 +81,7 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
     measured = [measure(run) for run in runs]
     base = next((m for m in measured if m.strategy == BASELINE), measured[0])
     rows = tuple(_row(m, base) for m in measured)
-    known = {m.name: plan for m, run in zip(measured, runs, strict=True) if (plan := _plan(run))}
+    known = {m.name: plan for m, run in zip(measured, runs, strict=True) if (plan := plan_of(run))}
     unlike = [f"not like for like: {problem.what}" for problem in plans.unfair(known)] if known else []
     return Comparison(rows, base.name, (*unlike, *_notes(rows, base)))
 
@@ -265,103 +184,6 @@ def replicas_text(m: Measured) -> str:
         return MISSING
     short = m.expected_replicas is not None and m.expected_replicas != m.replicas
     return f"{m.replicas} of {m.expected_replicas}" if short else str(m.replicas)
-
-
-def _plan(run: RunDir) -> plans.Plan | None:
-    try:
-        return plans.from_json(read_json(run.plan))
-    except (KeyError, TypeError):
-        return None
-
-
-def _last_restart(run: RunDir) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Records and end marker of the last restart; the marker of an earlier one says nothing and counts as absent."""
-    records, status = list(journal.read(run.events)), read_json(run.status)
-    ended = _count(status.get("restarts"))
-    last = max([ended or 0, *(record["restart"] for record in records)])
-    return [r for r in records if r["restart"] == last], {} if ended is not None and ended < last else status
-
-
-def _metrics(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float | None]]:
-    """Rank 0's metrics by step, in order; a later record of a step adds to it. NaN and infinities become None."""
-    found: dict[int, dict[str, float | None]] = {}
-    for record in records:
-        step, values = _count(record.get("step")), record.get("values")
-        if record["kind"] == "metric" and record["rank"] == 0 and step is not None and isinstance(values, dict):
-            found.setdefault(step, {}).update({name: _number(value) for name, value in values.items()})
-    return dict(sorted(found.items()))
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _recorded(metrics: Mapping[int, Mapping[str, float | None]], name: str) -> list[float]:
-    return [value for step, values in metrics.items() if step > 0 and (value := values.get(name)) is not None]
-
-
-def _steady(metrics: Mapping[int, Mapping[str, float | None]], name: str) -> float | None:
-    values = _recorded(metrics, name)
-    return statistics.median(values[1:] or values) if values else None
-
-
-def _final(metrics: Mapping[int, Mapping[str, float | None]], name: str) -> float | None:
-    """The value at the last epoch that recorded it: one that ended as NaN has none, whatever came before."""
-    return next((values[name] for values in reversed(list(metrics.values())) if name in values), None)
-
-
-def _epochs(metrics: Mapping[int, Mapping[str, float | None]]) -> tuple[Epoch, ...]:
-    names = [field.name for field in dataclasses.fields(Epoch)][1:]
-    return tuple(
-        Epoch(step, **{name: values.get(name) for name in names})
-        for step, values in metrics.items()
-        if step > 0 and any(name in values for name in names)
-    )
-
-
-def _warnings(
-    records: Iterable[Mapping[str, Any]],
-    metrics: Mapping[int, Mapping[str, float | None]],
-    replicas: Mapping[str, Any],
-) -> tuple[str, ...]:
-    told = [r["text"] for r in records if r["kind"] == "message" and r.get("level") == "warning" and r.get("text")]
-    warnings = [_first_line(str(text)) for text in told]
-    in_sync, expected = _count(replicas.get("in_sync")), _count(replicas.get("expected"))
-    if in_sync is not None and expected is not None and in_sync != expected:
-        warnings.append(f"{in_sync} of {expected} replicas in sync: not the training that was asked for")
-    if len(_recorded(metrics, "samples_per_s")) == 1:
-        warnings.append("one epoch only, so its speed includes tracing and warm-up; train two or more")
-    return tuple(dict.fromkeys(warnings))
-
-
-def _error(records: Iterable[Mapping[str, Any]], status: Mapping[str, Any], run: RunDir) -> str:
-    """Of each rank's last error the earliest: when one worker dies, the others' errors only follow from it.
-
-    The marker's reason stands in, and goes first for a run that was ended from outside (TIMEOUT, CANCELLED, …).
-    """
-    by_rank = {}
-    for r in sorted(records, key=lambda record: int(record["t"])):
-        if r["kind"] == "message" and r.get("level") == "error" and r.get("text"):
-            by_rank[r["rank"]] = r
-    said = str(min(by_rank.values(), key=lambda record: int(record["t"]))["text"]) if by_rank else ""
-    reason = str(status.get("reason") or "")
-    if said or reason:
-        return _first_line((said or reason) if status.get("state") == "FAILED" else (reason or said))
-    if not status:
-        return f"no end marker: not ended yet, or killed; hpcml status {run.id}"
-    code, signal = status.get("exit_code"), status.get("signal")
-    how = f"stopped by {signal}" if signal else "no reason recorded" if code is None else f"exit code {code}"
-    return f"{how}; hpcml logs {run.id}"
-
-
-def _first_line(text: str) -> str:
-    """The line that says what happened: the first, of a traceback the last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def _row(m: Measured, base: Measured) -> Row:
