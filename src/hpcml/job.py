@@ -127,7 +127,7 @@ def load(
     for key, text in (settings or {}).items():
         if key == "base":
             raise HpcmlError(f"base = {text!r} can't be set here", origin="--set base", fix="set it in the job file")
-        _assign(tree, origins, key, _literal(text), f"--set {key}")
+        _assign(tree, origins, key, _setting(key, text), f"--set {key}")
     declared = tree.setdefault("params", {})
     table = declared if isinstance(declared, dict) else {}
     typed = {key: text for key, text in (params or {}).items() if key not in table}
@@ -311,6 +311,14 @@ def _literal(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return found["_"] if list(found) == ["_"] else text
+
+
+def _setting(key: str, text: str) -> Any:
+    """A ``--set`` value: a TOML literal where it is one; text that only looks like a number or a time stays text."""
+    value = _literal(text)
+    counted = key.startswith("params.") or (key.startswith("resources.") and key != "resources.time")
+    kinds = (str, int, float, list, dict) if counted else (str, list, dict)
+    return value if isinstance(value, kinds) else text
 
 
 def typed_like(default: Any, text: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import queue, rundir
-from ..errors import DONE, JOB_FAILED, HpcmlError
+from ..errors import DONE, SERVICE_SILENT, HpcmlError
 from . import show
 from .root import json_option, site_option
 
@@ -98,7 +98,7 @@ def sync_command(runs: tuple[str, ...], everything: bool, site: str | None) -> i
     for run, where in delivered:
         if where:
             click.echo(f"{run.id} is in MLflow: {where}")
-    return DONE if all(where for _, where in delivered) else JOB_FAILED
+    return DONE if all(where for _, where in delivered) else SERVICE_SILENT
 
 
 @click.group("runs")

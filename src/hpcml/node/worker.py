@@ -6,11 +6,13 @@ runs in user code. Standard library only, so that nothing here can start a threa
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -24,6 +26,9 @@ from . import batch, bootstrap
 
 # After TERM the work has this long before KILL; Slurm's own KillWait is 30 s by default.
 GRACE_S = 20
+_POLL_S = 0.2
+# What an ended child has written lies in the pipe (64 KiB); what comes later is of a process that it left behind.
+_DRAIN_S = 2
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -94,15 +99,43 @@ def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes],
             f"{words[0]} can't be started: {error.strerror}", fix="check the job's command and [env]"
         ) from None
     _forward(run, child, int(environment["HPCML_RESTART"]))
-    assert child.stdout is not None
-    while chunk := child.stdout.read1(65536):  # type: ignore[attr-defined]
+    for chunk in _output(run, child):
         log.write(chunk)
         if rank == 0:
-            with contextlib.suppress(OSError):
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
+            _show(chunk)
     code = child.wait()
+    while _saves(run, child):
+        time.sleep(_POLL_S)
+    _kill_group(child, signal.SIGKILL)  # what the work left behind ends with it, as under Slurm
     return code if code >= 0 else 128 - code
+
+
+def _output(run: RunDir, child: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """Yield what the child writes until it has ended; a process that it left behind may hold its output open for ever."""
+    assert child.stdout is not None
+    pipe = child.stdout.fileno()
+    over = float("inf")
+    while True:
+        ended = child.poll() is not None
+        over = min(over, time.monotonic() + _DRAIN_S) if ended else over
+        waiting = select.select([pipe], [], [], _POLL_S)[0]
+        if waiting:
+            chunk = os.read(pipe, 65536)
+            if not chunk:
+                return
+            yield chunk
+        if ended and (not waiting or time.monotonic() > over) and not _saves(run, child):
+            return
+
+
+def _show(text: bytes) -> None:
+    """Write to stdout; where its reader has left (``| head``) the work goes on, and the log has everything."""
+    try:
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
+    except OSError:
+        # Python would try again at its end, fail again, and exit with 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
@@ -126,6 +159,18 @@ def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
 def _kill_group(child: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, number)
+
+
+def _saves(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
+    """Whether a run that was asked to stop still has processes: a shell dies of TERM at once, the training in it saves."""
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    if rundir.read_json(run.stop).get("restart") != restart:
+        return False
+    try:
+        os.killpg(child.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _trained_as_one(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[int, str]:
@@ -157,8 +202,10 @@ def _last_words(log: Path, code: int) -> str:
 
 def _say(log: IO[bytes], rank: int, text: str, *, error: bool = False) -> None:
     log.write(text.encode() + b"\n")
-    if rank == 0 or error:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    if error:
+        print(text, file=sys.stderr, flush=True)
+    elif rank == 0:
+        _show(text.encode() + b"\n")
 
 
 def _as_word(value: object) -> str:
