@@ -39,7 +39,7 @@ def test_a_site_by_path(tmp_path: Path) -> None:
     path = tmp_path / "lab.toml"
     path.write_text('gpu_request = "gpu:h100:{count}"\nmodules = ["cuda"]\n')
     site = sites.load(str(path))
-    assert (site.name, site.gpu_request, site.modules) == ("lab", "gpu:h100:{count}", ("cuda",))
+    assert (site.name, site.gpu_request, site.modules) == (str(path), "gpu:h100:{count}", ("cuda",))
 
 
 @pytest.mark.parametrize("name", ["ft4", "nowhere.toml"])
