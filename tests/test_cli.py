@@ -329,7 +329,8 @@ def test_a_delivered_run_is_sent_once_and_may_go(desk: Desk) -> None:
     store = f"sqlite:///{desk.project}/runs/mlflow.db"
     assert f"mlflow    Greetings at {store}" in done.stdout and "not delivered" not in done.stderr
     (run,) = desk.runs
-    assert f"{run.name} is in MLflow: Greetings at {store}" in desk.type("sync", "--all").stdout
+    assert f"{run.name} is in MLflow: Greetings at {store}" in desk.type("sync", run.name).stdout
+    assert "1 run is in MLflow already" in desk.type("sync", "--all").stdout
     asked = desk.start("runs", "prune", "--keep", "0")
     assert asked.communicate(timeout=60)[0].startswith(run.name) and desk.runs == [run], "no answer is no"
     assert "deleted 1 runs" in desk.type("runs", "prune", "--keep", "0", "--yes").stdout

@@ -326,7 +326,7 @@ def test_progress_in_words(run: RunDir) -> None:
     journal.write("progress", done=4, total=9, unit="cell", text="")
     Journal(run.event_file(1, 0, "engine")).write("progress", done=9, total=9, unit="cell", text="")
     Journal(run.event_file(0, 0, "rank")).write("progress", done=2, total=5, unit="epoch", text="epoch 2/5 acc 0.9")
-    assert queue.progress(run) == "cell 4/9 · epoch 2/5 acc 0.9"
+    assert queue.progress(run) == "cell 5/9 · epoch 2/5 acc 0.9"  # four are done, the fifth runs
 
 
 def test_logs_in_order_and_only_a_runs_own(run: RunDir) -> None:

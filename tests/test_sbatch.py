@@ -182,7 +182,9 @@ def stage(tmp_path: Path) -> Stage:
 
 
 def test_a_submitted_job_runs_its_step_and_ends_with_the_marker(stage: Stage) -> None:
-    ran = stage.run(sbatch.render(make(**MULTIWORKER), SITE), HPCML_RUN="the-run", HPCML_RUNS="/the/runs")
+    ran = stage.run(
+        sbatch.render(make(**MULTIWORKER), SITE), HPCML_RUN="the-run", HPCML_RUNS="/the/runs", HPCML_SUBMITTED="1"
+    )
     assert ran.code == 0, ran.output
     assert [words for words, _ in ran.calls] == [
         ["module", "load", "cuda/12.4"],
@@ -209,7 +211,7 @@ def test_the_steps_exit_code_and_signal_reach_the_marker(tmp_path: Path, signal:
     for turn in range(5):  # the step ends right after the signal: a race that a wrong script wins sometimes only
         stage = Stage(tmp_path / str(turn))
         stage.stub("srun", f'kill -{signal} "$PPID"; exit {code}')
-        ran = stage.run(sbatch.render(make(), SITE), HPCML_RUN="r")
+        ran = stage.run(sbatch.render(make(), SITE), HPCML_RUN="r", HPCML_SUBMITTED="1")
         assert ran.code == code
         closed = ["python", "-P", "-m", "hpcml.node.batch", "close", str(code), "--signal", signal]
         assert ran.words("python", "-P", "-m") == [closed]

@@ -77,15 +77,21 @@ def run_here(run: RunDir, plans: Sequence[Plan], tell: Callable[[str], None]) ->
 
     An interrupted variant ends the comparison.
     """
-    worst = 0
+    worst, state = 0, ""
     for number, plan in enumerate(plans, 1):
         tell(f"[{number}/{len(plans)}] {plan.name}")
         marker = local.run(plan, run.child(plan.name))
         code = int(str(marker["exit_code"]))
         worst = worst or code
         if marker["state"] == "CANCELLED":
+            state = "CANCELLED"
+            for later in plans[number:]:
+                never = {"state": state, "exit_code": 130, "final": True, "reason": "interrupted before its turn"}
+                rundir.write_json(run.child(later.name).status, never)
             break
     marker = batch.close_run(run, worst) | {"final": True}
+    if state:
+        marker |= {"state": state, "reason": "interrupted"}
     rundir.write_json(run.status, marker)
 
 

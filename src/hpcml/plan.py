@@ -14,6 +14,10 @@ from .site import Limits, Site
 
 ONE_PROCESS = ("original", "mirrored")
 NO_FACTS = Facts()
+NEVER_CHECKED = (
+    'strategy "{strategy}" was never checked: no training reported its replicas in sync; '
+    "call hpcml.begin() and pass callbacks=run.callbacks() to fit"
+)
 # On this machine every task is a process, of about 1 GB with TensorFlow.
 MOST_TASKS_HERE = 64
 # Params that make two trainings comparable when they are equal.
@@ -156,6 +160,7 @@ def unfair(plans: Mapping[str, Plan]) -> list[Problem]:
         "keras": {name: plan.keras for name, plan in plans.items()},
         "precision": {name: plan.precision for name, plan in plans.items()},
         "env": {name: dataclasses.asdict(plan.env) for name, plan in plans.items()},
+        "slurm": {name: dataclasses.asdict(plan.slurm) for name, plan in plans.items()},
         "cores per run": {name: plan.cores for name, plan in plans.items()},
     }
     return [

@@ -32,7 +32,7 @@ _PROBE = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: ``verdict`` is good, bad or note."""
+    """One thing that was looked at: ``verdict`` is good, bad, silent (a service gives no answer) or note."""
 
     topic: str
     verdict: str
@@ -136,7 +136,7 @@ def _queue_health(site: sites.Site) -> Finding:
     try:
         names = [p.name + ("*" if p.is_default else "") for p in commands.partitions()]
     except ServiceSilent as error:
-        verdict = "bad" if site.scheduler == "slurm" else "note"
+        verdict = "silent" if site.scheduler == "slurm" else "note"
         return Finding("slurm", verdict, str(error.problems[0].what), error.problems[0].fix)
     return Finding("slurm", "good", f"cluster {commands.cluster_name()}, partitions {', '.join(names)}")
 
@@ -156,7 +156,7 @@ def _start_estimate(ready: Prepared) -> Finding:
     try:
         accepted, words = commands.test_only(script, Path(ready.plan.project))
     except ServiceSilent as error:
-        return Finding("queue", "bad", error.problems[0].what, error.problems[0].fix)
+        return Finding("queue", "silent", error.problems[0].what, error.problems[0].fix)
     if not accepted:
         return Finding(
             "queue", "bad", f"sbatch --test-only refuses it: {words}", "change the request; sinfo shows the nodes"
@@ -195,12 +195,9 @@ def _folders(site: sites.Site, project: Path) -> Iterator[Finding]:
                 "mlflow", "bad", f"{store} lies on {kind}, where SQLite's locks are not safe", "set MLFLOW_TRACKING_URI"
             )
             return
-    yield Finding("mlflow", "good", f"metrics go to {_without_password(store)}")
+    from .tracking.store import parse
 
-
-def _without_password(uri: str) -> str:
-    scheme, mark, rest = uri.partition("://")
-    return f"{scheme}{mark}{rest.rsplit('@', 1)[-1]}"
+    yield Finding("mlflow", "good", f"metrics go to {parse(store).shown}")
 
 
 def file_system(path: Path) -> str:

@@ -68,7 +68,7 @@ def state_of(run: RunDir) -> State:
     common: dict[str, Any] = {
         "run_id": run.id,
         "slurm_job_id": job_id,
-        "progress": progress(run),
+        "progress": "" if marker.get("final") else progress(run),
         "submitted": submitted.get("submitted"),
         "started": marker.get("started"),
         "ended": marker.get("ended"),
@@ -83,6 +83,8 @@ def state_of(run: RunDir) -> State:
         return _of_array(run, int(submitted["array"]), common)
     if job_id is None:
         return _without_slurm(run, common)
+    if rundir.read_json(run.plan).get("work") == "session":
+        return _of_session(run, job_id, common)
     in_array = "array_index" in submitted
     known = commands.job_state(f"{job_id}_{submitted['array_index']}" if in_array else job_id)
     if known is None:
@@ -92,6 +94,16 @@ def state_of(run: RunDir) -> State:
     if known.ended:
         return _settled(run, marker, known, common)
     return State(name=known.state, reason=known.reason, source=known.source, **common)
+
+
+def _of_session(run: RunDir, job_id: int, common: dict[str, Any]) -> State:
+    """A bare run inside an allocation is one process of it: what becomes of the job tells little of the run."""
+    state = _without_slurm(run, common)
+    if state.name == "RUNNING" and not rundir.is_owned_here(run):
+        known = commands.job_state(job_id)
+        if known is None or known.ended:
+            return State(name="UNKNOWN", reason="its allocation ended before its end marker", source="hpcml", **common)
+    return state
 
 
 def _variant(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> State:
@@ -119,7 +131,8 @@ def _of_array(run: RunDir, count: int, common: dict[str, Any]) -> State:
 
 def _settled(run: RunDir, marker: dict[str, Any], known: JobState, common: dict[str, Any]) -> State:
     """Slurm's word on an ended job goes into the marker: without accounting it forgets the job after a while."""
-    reason = marker.get("reason") or known.reason
+    told = {"TIMEOUT": "past its time limit", "CANCELLED": "cancelled"}
+    reason = told.get(known.state) or marker.get("reason") or known.reason
     code = known.exit_code if known.exit_code is not None else marker.get("exit_code")
     final = {"state": known.state, "reason": reason, "exit_code": code, "final": True, "told_by": known.source}
     with contextlib.suppress(OSError):
@@ -129,14 +142,18 @@ def _settled(run: RunDir, marker: dict[str, Any], known: JobState, common: dict[
 
 def progress(run: RunDir) -> str:
     """Return how far rank 0 is, in words; empty before it said anything."""
+    variants = rundir.children(run) if rundir.read_json(run.plan).get("work") == "comparison" else []
+    if variants:
+        names = rundir.read_json(run.plan)["target"]
+        number = min(sum(run.child(name).status.exists() for name in names), len(names) - 1)
+        return f"[{number + 1}/{len(names)}] {names[number]} · {progress(run.child(names[number]))}".rstrip(" ·")
     newest: dict[str, str] = {}
     for record in journal.read(run.events):
         if record["kind"] == "progress" and record["rank"] == 0:
             text = f" {record['text']}" if record.get("text") else ""
             unit = record["unit"]
-            newest[unit] = (
-                text.strip() if unit == "epoch" and text else f"{unit} {record['done']}/{record['total']}{text}"
-            )
+            done = record["done"] + (unit == "cell" and record["done"] < record["total"])  # the cell that it is in
+            newest[unit] = text.strip() if unit == "epoch" and text else f"{unit} {done}/{record['total']}{text}"
     return " · ".join(newest[unit] for unit in sorted(newest))
 
 
@@ -170,13 +187,29 @@ def cancel(run: RunDir) -> State:
     if state.is_final:
         return state
     submitted = rundir.read_json(run.submitted)
+    plan = rundir.read_json(run.plan)
+    if plan.get("work") == "session":
+        raise HpcmlError(
+            f"run {run.id} is a process in an allocation, not a job", fix="Ctrl-C where it runs, or end it there"
+        )
+    if state.slurm_job_id is not None and "/" in run.id and rundir.slurm_job_id(run) in (None, state.slurm_job_id):
+        parent = RunDir(run.root, run.id.split("/")[0])
+        if (
+            rundir.slurm_job_id(parent) == state.slurm_job_id
+            and rundir.read_json(parent.plan).get("work") == "comparison"
+        ):
+            raise HpcmlError(
+                f"run {run.id} is a step of a comparison", fix=f"hpcml cancel {parent.id} cancels all of it"
+            )
     if state.slurm_job_id is not None:
+        with contextlib.suppress(OSError):
+            rundir.write_json(run.submitted, {**submitted, "cancelled": time.time()})
         in_array = "array_index" in submitted
         commands.cancel(f"{state.slurm_job_id}_{submitted['array_index']}" if in_array else state.slurm_job_id)
     elif submitted.get("array"):
         for index in range(int(submitted["array"])):
             cancel(run.child(str(index)))
-    elif rundir.read_json(run.plan).get("work") == "function":
+    elif plan.get("work") == "function":
         _end_here(run)
     else:
         raise HpcmlError(f"run {run.id} is not a Slurm job", fix="it runs in a terminal of yours: Ctrl-C there")
@@ -254,7 +287,9 @@ def _forgotten(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> S
     seen_until = marker.get("ended") or time.time()
     limit = plan.get("time_s") or 0
     early = min(LATE_S, limit / 2)  # a short limit leaves no room for all of it
-    if marker and marker.get("signal") and limit and float(seen_until) - float(begun) >= limit - early:
+    if (marker.get("signal") or not marker) and rundir.read_json(run.submitted).get("cancelled"):
+        name, reason = "CANCELLED", "cancelled by hpcml; Slurm has forgotten the job"
+    elif marker and marker.get("signal") and limit and float(seen_until) - float(begun) >= limit - early:
         name, reason = "TIMEOUT", f"signal {marker['signal']} at the time limit; Slurm has forgotten the job"
     elif marker and marker.get("exit_code") == 137:
         name, reason = "FAILED", "killed by SIGKILL (often out of memory); Slurm has forgotten the job"
@@ -262,7 +297,7 @@ def _forgotten(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> S
         name, reason = str(marker["state"]), str(marker.get("reason", ""))
     elif marker:
         name, reason = "UNKNOWN", f"ended by {marker['signal']} before its time limit; Slurm has forgotten the job"
-    elif limit and time.time() > float(begun) + limit + LATE_S and any(run.logs.glob("*")):
+    elif limit and time.time() > float(begun) + limit + LATE_S and any(run.logs.glob("out.*")):
         name, reason = "TIMEOUT", "past its time limit without an end marker; Slurm has forgotten the job"
     else:
         name, reason = "UNKNOWN", "no end marker, and squeue, scontrol and sacct don't know the job"

@@ -22,7 +22,7 @@ from .job import NAME_PATTERN, Environment, Scalar, SlurmOptions, project_of
 from .node import batch, bootstrap
 from .node.devices import Devices
 from .node.topology import Topology
-from .plan import Plan, from_json
+from .plan import NEVER_CHECKED, Plan, from_json
 from .rundir import RunDir
 from .slurm import commands
 from .tracking.journal import Journal
@@ -31,6 +31,8 @@ TENSORFLOW_STRATEGIES = ("original", "mirrored", "multiworker")
 _FRAMEWORKS = ("tensorflow", "keras", "tf_keras")
 # A bare run delivers when it ends; a server that is away must not hold the shell longer than this.
 DELIVERY_S = 60
+# Ranks of one training end within moments of each other.
+OTHERS_S = 30
 
 _current: "Run | None" = None
 
@@ -97,12 +99,20 @@ class Run:
         if self.finished:
             return
         self.finished = True
+        self.journal.write("finish", state=state, reason=reason)
         self.journal.close()
         _current = None if _current is self else _current
         if self.bare:
+            if state == "COMPLETED" and self.strategy and not self._was_checked():
+                state, reason = "FAILED", NEVER_CHECKED.format(strategy=self.strategy)
+                print(f"hpcml: {reason}", file=sys.stderr, flush=True)
             self._mark(state, reason)
             if self.topology.rank == 0:
                 _deliver(self.dir)
+
+    def _was_checked(self) -> bool:
+        rank = self.topology.rank
+        return any(r["kind"] == "replicas" and r["rank"] == rank for r in _records(self.dir))
 
     def _expected(self) -> Any:
         from .training import tensorflow
@@ -120,12 +130,28 @@ class Run:
     def _mark(self, state: str, reason: str) -> None:
         code = 0 if state == "COMPLETED" else 1
         rank = {"rank": self.topology.rank, "exit_code": code, "reason": reason, "restart": _restart()}
-        replicas = next((r["in_sync"] for r in _records(self.dir) if r["kind"] == "replicas"), None)
+        mine = (r for r in _records(self.dir) if r["kind"] == "replicas" and r["rank"] == self.topology.rank)
+        replicas = next((r["in_sync"] for r in mine), None)
         times = {"started": self.started, "ended": time.time()}
         rundir.write_json(self.dir.status_of(self.topology.rank), {**rank, "replicas_in_sync": replicas, **times})
         if self.topology.rank == 0:
+            missing = self._wait_for_others()
             marker = batch.close_run(self.dir, code)
+            if missing:
+                text = f"rank {missing[0]} gave no end marker within {OTHERS_S} s of rank 0's"
+                marker |= {"state": "FAILED", "exit_code": 1, "reason": marker["reason"] or text}
+                rundir.write_json(self.dir.status, marker)
             print(f"hpcml: run {self.dir.id} · {marker['state']} · {self.dir.path}", flush=True)
+
+    def _wait_for_others(self) -> list[int]:
+        """Wait, bounded, until the other ranks of a bare run have left their markers; returns those that have not."""
+        deadline = time.monotonic() + OTHERS_S
+        while True:
+            ended = [rundir.read_json(self.dir.status_of(rank)) for rank in range(self.topology.world)]
+            missing = [rank for rank, marker in enumerate(ended) if marker.get("restart", -1) != _restart()]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.1)
 
 
 def begin(strategy: str | None = None, *, new: bool = False) -> Run:
@@ -207,7 +233,7 @@ def _bare(strategy: str | None) -> Run:
     if place.world == 1:
         run_dir = rundir.create(root, decided.name)
     else:
-        run_dir = rundir.adopt(root, _shared_id(decided.name, place))
+        run_dir = rundir.adopt(root, _shared_id(root, decided.name, place))
     if place.rank == 0:
         rundir.write_json(run_dir.plan, decided.to_json())
         rundir.claim(run_dir)
@@ -219,7 +245,7 @@ def _bare(strategy: str | None) -> Run:
     journal = Journal(run_dir.event_file(place.rank, _restart(), "rank"))
     _record_facts(journal, prepared)
     run = Run(run_dir, strategy, place, prepared.devices, decided.effective_params, decided.precision, True, journal)
-    atexit.register(_finish_at_exit, run)
+    atexit.register(_finish_at_exit, run, getattr(sys, "last_value", None))
     return run
 
 
@@ -250,16 +276,20 @@ def _script() -> Path | None:
     return Path(name).absolute() if name and Path(name).is_file() else None
 
 
-def _shared_id(name: str, place: Topology) -> str:
+def _shared_id(root: Path, name: str, place: Topology) -> str:
     """The same id on every rank: the job's id and step with the time of submission, else the starter's own run id."""
+    nth = f"-{len(_BEGUN) + 1}" if _BEGUN else ""
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "0")
+    if os.environ.get("HPCML_RUN"):  # under hpcml, after the run that the worker prepared
+        return f"{os.environ['HPCML_RUN'].replace('/', '-')}{nth}"
     if job:
-        submitted = (
-            commands.job_fields(int(job)).get("SubmitTime", "").replace("-", "").replace("T", "-").replace(":", "")
-        )
-        return f"{submitted or 'unknown-time'}-{name}-j{job}.{step}" + (f"-{len(_BEGUN) + 1}" if _BEGUN else "")
-    other = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("PMIX_NAMESPACE") or str(os.getppid())
-    return f"{time.strftime('%Y%m%d')}-{name}-{place.source.replace(' ', '')}-{other}-{os.getppid()}"
+        ending = f"-{name}-j{job}.{step}{nth}"
+        earlier = sorted(root.glob(f"*{ending}")) if _restart() else []  # a requeue changes the time of submission
+        when = commands.job_fields(int(job)).get("SubmitTime", "").replace("-", "").replace("T", "-").replace(":", "")
+        return earlier[-1].name if earlier else f"{when or '00000000-000000'}{ending}"
+    parent = os.getppid()  # torchrun's agent or mpirun's daemon: one for all ranks of a node
+    when = time.strftime("%Y%m%d-%H%M%S", time.localtime(rundir.started_at(parent)))
+    return f"{when}-{name}-{place.source.replace(' ', '')}-{parent}{nth}"
 
 
 def _record_facts(journal: Journal, prepared: bootstrap.Bootstrap) -> None:
@@ -276,11 +306,12 @@ def _restart() -> int:
     return int(os.environ.get("HPCML_RESTART") or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def _finish_at_exit(run: Run) -> None:
+def _finish_at_exit(run: Run, before: BaseException | None) -> None:
+    """End a bare run with its process: FAILED where an exception came since ``begin()`` that nobody caught."""
     if run.finished:
         return
     error = getattr(sys, "last_value", None)
-    if error is not None:
+    if error is not None and error is not before:
         run.finish("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
     else:
         run.finish()

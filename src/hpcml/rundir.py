@@ -152,9 +152,7 @@ def create(root: Path, name: str, stamp: float | None = None) -> RunDir:
     """Make a new run directory named after the time (local) and the job; never one that exists."""
     base = time.strftime("%Y%m%d-%H%M%S", time.localtime(stamp)) + f"-{name}"
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not (root / ".gitignore").exists():
-            (root / ".gitignore").write_text("*\n")  # runs are never part of a project
+        _make_root(root)
         for count in range(1, 10_000):
             run = RunDir(root, base if count == 1 else f"{base}-{count}")
             try:
@@ -183,6 +181,11 @@ def owner_is_alive(run: RunDir) -> bool:
     return elsewhere or bool(owner["start"] == _start_time(owner["pid"]))
 
 
+def is_owned_here(run: RunDir) -> bool:
+    """Return whether the process that claimed a run is, or was, one of this machine."""
+    return bool(read_json(run.owner).get("host") == os.uname().nodename)
+
+
 def _start_time(pid: int) -> str:
     """Start time of a process in clock ticks since boot (proc(5)): a pid that was given again has another."""
     try:
@@ -191,9 +194,23 @@ def _start_time(pid: int) -> str:
         return ""
 
 
+def started_at(pid: int) -> float:
+    """Return when a process started, in seconds since the epoch; the same whoever asks. 0 where it is gone."""
+    ticks = _start_time(pid)
+    booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    return float(booted.split()[1]) + float(ticks) / os.sysconf("SC_CLK_TCK") if ticks else 0.0
+
+
 def adopt(root: Path, id: str) -> RunDir:
     """Return the run directory with this id, made by whichever rank comes first."""
+    _make_root(root)
     return RunDir(root, id).make()
+
+
+def _make_root(root: Path) -> None:
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (root / ".gitignore").exists():
+        (root / ".gitignore").write_text("*\n")  # runs are never part of a project
 
 
 def every(root: Path) -> Iterator[RunDir]:
@@ -203,8 +220,13 @@ def every(root: Path) -> Iterator[RunDir]:
         run = RunDir(root, name)
         if run.plan.exists():
             yield run
-        for child in sorted(path for path in run.path.glob("*/plan.json") if path.parent != run.code):
-            yield RunDir(root, f"{name}/{child.parent.name}")
+        yield from children(run)
+
+
+def children(run: RunDir) -> list[RunDir]:
+    """Return the runs one level below a run: a comparison's variants, an array's calls."""
+    plans = sorted(path for path in run.path.glob("*/plan.json") if path.parent != run.code)
+    return [run.child(path.parent.name) for path in plans]
 
 
 def find(root: Path, reference: str | None) -> RunDir:

@@ -41,7 +41,8 @@ def take(project: Path, target: Path, *, skip: Path | None = None, work: str | N
     listing = _git(project, "--cached", "--others", "--exclude-standard")
     other = _git(project, "--others", "--ignored", "--exclude-standard", "--directory", "--no-empty-directory")
     listed, ignored = _names(listing), _names(other)
-    names = _walk(project, skip) if listed is None else iter(listed)
+    # A checkout inside another that ignores it: git lists nothing of it.
+    names = _walk(project, skip) if not listed else _with_checkouts(project, listed, skip)
     if work:
         _copy(project, work, target, made, largest=float("inf"))
     count = 0
@@ -56,7 +57,7 @@ def take(project: Path, target: Path, *, skip: Path | None = None, work: str | N
                 fix="work in a project folder of its own (git init), or set HPCML_PROJECT to it",
             )
         _copy(project, name, target, made)
-    if listed is not None:
+    if listed:
         _link_ignored(project, target, skip, ignored or [])
     return count
 
@@ -95,6 +96,16 @@ def _names(git: "subprocess.Popen[bytes] | None") -> list[str] | None:
         return None
     listed, _ = git.communicate()
     return None if git.returncode else [os.fsdecode(name) for name in dict.fromkeys(listed.split(b"\0")) if name]
+
+
+def _with_checkouts(project: Path, names: list[str], skip: Path | None) -> Iterator[str]:
+    """Yield the files that git lists, and for a checkout inside this one (a submodule, a clone) the files in it."""
+    for name in names:
+        inner = project / name
+        if name.endswith("/") or (inner.is_dir() and not inner.is_symlink()):
+            yield from (os.path.join(name, found) for found in _walk(inner, skip))
+        else:
+            yield name
 
 
 def _walk(project: Path, skip: Path | None) -> Iterator[str]:

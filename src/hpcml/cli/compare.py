@@ -28,8 +28,7 @@ def compare_command(
     """
     from .. import compare
 
-    in_queue = None if os.environ.get("SLURM_JOB_ID") else site
-    prepared = [prepare(path, in_queue or site, dict(params), dict(settings)) for path in job_files]
+    prepared = [prepare(path, site, dict(params), dict(settings)) for path in job_files]
     first = prepared[0]
     plans = [ready.plan for ready in prepared]
     parent = compare.parent_of(plans)

@@ -1,5 +1,6 @@
 """Commands about runs: status, logs, cancel, sync, runs."""
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import click
 
 from .. import queue, rundir
-from ..errors import DONE, SERVICE_SILENT, HpcmlError
+from ..errors import DONE, SERVICE_SILENT, HpcmlError, ServiceSilent
 from . import show
 from .root import json_option, site_option
 
@@ -26,6 +27,9 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
         show.echo_json(vars(state) | {"path": str(found.path)})
     else:
         click.echo(show.summary(found, state))
+        if state.is_final:
+            where = "delivered" if found.delivered.exists() else f"not delivered: hpcml sync {found.id}"
+            click.echo(f"  mlflow    {where}")
     return DONE
 
 
@@ -40,7 +44,7 @@ def logs_command(run: str | None, follow: bool, rank: int | None, site: str | No
     if rank is not None:
         _has_rank(found, rank)
     if follow:
-        for path, line in queue.follow(found, lambda: queue.state_of(found).is_final):
+        for path, line in queue.follow(found, lambda: _has_ended(found)):
             if rank is None or path.name == f"out.{rank}.txt":
                 click.echo(f"{_prefix(found, path)}{line}")
         return DONE
@@ -61,6 +65,13 @@ def _has_rank(run: rundir.RunDir, rank: int) -> None:
     tasks = int(plan.get("nodes", 1)) * int(plan.get("tasks_per_node", 1))
     if rank >= tasks:
         raise HpcmlError(f"run {run.id} has no rank {rank}", origin="--rank", allowed=f"0 to {tasks - 1}")
+
+
+def _has_ended(run: rundir.RunDir) -> bool:
+    """Whether a run has ended; a controller that does not answer for a while is no end."""
+    with contextlib.suppress(ServiceSilent):
+        return queue.state_of(run).is_final
+    return False
 
 
 def _prefix(run: rundir.RunDir, path: Path) -> str:
@@ -94,7 +105,15 @@ def sync_command(runs: tuple[str, ...], everything: bool, site: str | None) -> i
         wanted = list(rundir.every(root))[::-1]
     else:
         wanted = [rundir.find(root, reference) for reference in runs or (None,)]
-    delivered = [(run, show.deliver(run)) for run in wanted]
+    from ..tracking.mlflow import is_delivered
+
+    new = [run for run in wanted if not is_delivered(run)]
+    if everything and len(new) < len(wanted):
+        there = len(wanted) - len(new)
+        click.echo(f"{there} run{' is' if there == 1 else 's are'} in MLflow already")
+    delivered = [
+        (run, show.deliver(run, announce=number == 0)) for number, run in enumerate(new if everything else wanted)
+    ]
     for run, where in delivered:
         if where:
             click.echo(f"{run.id} is in MLflow: {where}")
@@ -123,6 +142,7 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
         return DONE
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -134,6 +154,7 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
         job, replicas = str(state.slurm_job_id or ""), str(state.replicas_in_sync or "")
         colour = show.COLOURS.get(state.name, "red")
         why = state.reason or ("" if state.is_final else state.progress)
+        why = escape(why)
         name = f"  └ {state.run_id.split('/')[1]}" if "/" in state.run_id else state.run_id
         table.add_row(name, f"[{colour}]{state.name}[/]", job, replicas, took, why)
     Console().print(table)
@@ -150,7 +171,11 @@ def prune_runs(keep: int, yes: bool, site: str | None) -> int:
 
     root = show.root_of(site)
     tops = [run for run in rundir.every(root) if "/" not in run.id]
-    old = [run for run in tops[keep:] if queue.state_of(run).is_final and is_delivered(run)]
+    old = [
+        run
+        for run in tops[keep:]
+        if queue.state_of(run).is_final and all(map(is_delivered, [run, *rundir.children(run)]))
+    ]
     kept = len(tops[keep:]) - len(old)
     for run in old:
         click.echo(run.id)

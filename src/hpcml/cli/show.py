@@ -1,5 +1,6 @@
 """How runs are shown in a terminal; shared by the commands."""
 
+import contextlib
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ import click
 
 from .. import queue, rundir
 from .. import site as sites
-from ..errors import BAD_INPUT, DONE, JOB_FAILED, HpcmlError
+from ..errors import BAD_INPUT, DONE, JOB_FAILED, SERVICE_SILENT, HpcmlError, ServiceSilent
 from ..job import clock
 from ..rundir import RunDir
 from ..tracking import journal
@@ -28,14 +29,17 @@ def echo_json(value: Mapping[str, Any] | list[Any]) -> None:
 
 
 def findings(found: "list[Finding]", as_json: bool) -> int:
-    """Print what a look at things found; returns the exit code: 2 where something is bad."""
+    """Print what a look at things found; returns the exit code: 2 where something is bad, 3 where a service is silent."""
+    silent = any(line.verdict == "silent" for line in found)
     if as_json:
         echo_json([vars(line) for line in found])
     else:
         for line in found:
-            mark = {"good": click.style("✓", fg="green"), "bad": click.style("✗", fg="red")}.get(line.verdict, "·")
+            mark = {"good": click.style("✓", fg="green"), "note": "·"}.get(line.verdict, click.style("✗", fg="red"))
             click.echo(f"{mark} {line.topic:<12} {line.text}" + (f"\n    fix: {line.fix}" if line.fix else ""))
-    return BAD_INPUT if any(line.verdict == "bad" for line in found) else DONE
+    if any(line.verdict == "bad" for line in found):
+        return BAD_INPUT
+    return SERVICE_SILENT if silent else DONE
 
 
 def state_word(name: str) -> str:
@@ -57,10 +61,11 @@ def wait(run: RunDir) -> queue.State:
     """Wait for a run with a live line on a terminal, else a line for each change."""
     if sys.stderr.isatty():
         from rich.console import Console
+        from rich.text import Text
 
         console = Console(stderr=True)
         with console.status("asking Slurm …") as live:
-            return queue.wait(run, lambda state: live.update(_progress_line(state)))
+            return queue.wait(run, lambda state: live.update(Text(_progress_line(state))))
     return queue.wait(run, lambda state: click.echo(f"hpcml: {_progress_line(state)}", err=True))
 
 
@@ -89,6 +94,8 @@ def deliver(run: RunDir, *, announce: bool = True) -> str:
 
         if announce:  # the first delivery also makes the database, which takes some seconds
             click.echo("hpcml: delivering to MLflow …", err=True)
+        with contextlib.suppress(ServiceSilent):
+            queue.state_of(run)  # what Slurm knows of its end goes into the marker first
         plan = rundir.read_json(run.plan)
         done = mlflow.deliver(run, mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"])))
         return f"{done.experiment} at {done.uri}"

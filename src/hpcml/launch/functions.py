@@ -78,6 +78,9 @@ def map_functions(
     calls = [pack(fn, args, {}, Path(prepared.project)) for args in zip(*iterables, strict=False)]
     if not calls:
         return []
+    if len(calls) == 1:  # no array of one: submitit keeps a lone call as a job of its own
+        run, (job_id,) = _queued(prepared, where, calls, array=False)
+        return [Future(run, job_id, prepared.tasks, name_of(fn))]
     parent, ids = _queued(prepared, where, calls, array=True)
     runs = (parent.child(str(index)) for index in range(len(calls)))
     return [Future(run, job_id, prepared.tasks, name_of(fn)) for run, job_id in zip(runs, ids, strict=True)]

@@ -45,9 +45,9 @@ def run(plan: Plan, run_dir: RunDir) -> dict[str, object]:
     A rank that fails ends the others; the time limit ends them all (state TIMEOUT); Ctrl-C too (CANCELLED).
     """
     rundir.claim(run_dir)
-    workers = _start(plan, run_dir)
     ended = _Ended()
     with ended.watching():
+        workers = _start(plan, run_dir)
         deadline = time.monotonic() + plan.time_s if plan.time_s else float("inf")
         while any(worker.poll() is None for worker in workers) and not ended.cause:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -76,12 +76,12 @@ class _Ended:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Let INT and TERM end the workers instead of this process."""
+        """Let INT, TERM and HUP (the terminal has gone) end the workers instead of this process."""
 
         def handler(number: int, frame: FrameType | None) -> None:
             self.cause = "CANCELLED"
 
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             yield
         finally:
@@ -96,7 +96,7 @@ def _start(plan: Plan, run_dir: RunDir) -> list[subprocess.Popen[bytes]]:
     if inside and plan.nodes > 1:
         words = ["srun", "--overlap", f"--nodes={plan.nodes}", f"--ntasks={plan.tasks}"]
         words += [f"--ntasks-per-node={plan.tasks_per_node}", f"--cpus-per-task={plan.cpus_per_task}"]
-        environment = {**commands.clean_environment(), **_job_variables(), **own}
+        environment = {**commands.clean_environment(bootstrap.outer_environment(os.environ)), **_job_variables(), **own}
         return [_popen([*words, "--kill-on-bad-exit=1", python, "-P", "-m", "hpcml.node.worker"], environment)]
     environment = {**bootstrap.outer_environment(os.environ), **own, "HPCML_CPUS_PER_TASK": str(plan.cpus_per_task)}
     environment.setdefault("HPCML_PORT", str(topology.free_first_port(plan.tasks)))

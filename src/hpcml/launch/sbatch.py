@@ -33,13 +33,19 @@ done
 if ! "$python" -P -c "import hpcml" 2>/dev/null; then
   echo "hpcml: no Python with hpcml (${{python:-none found}}): set HPCML_PYTHON, [env] in the job file, or VIRTUAL_ENV," >&2
   echo "  or make $HPCML_PROJECT/.venv (scripts/setup)" >&2
+  if [ -n "${{HPCML_SUBMITTED:-}}" ]; then
+    marker='{{"state": "FAILED", "exit_code": 2, "final": true, "reason": "no Python with hpcml on the node"}}'
+    echo "$marker" >"$HPCML_RUNS/$HPCML_RUN/status.json"
+  fi
   exit 2
 fi
 """
 
 _OPEN = """
-# hpcml submit has made the run directory already; a plain sbatch makes it here.
-if [ -z "${{HPCML_RUN:-}}" ]; then
+# hpcml submit has made the run directory of this job already; a plain sbatch, also one typed in a run, makes it here.
+if [ -n "${{HPCML_SUBMITTED:-}}" ]; then
+  unset HPCML_SUBMITTED
+else
   HPCML_RUN=$("$python" -P -m hpcml.node.batch open {job} --site {site}{overrides}) || exit
   export HPCML_RUN
 fi
@@ -56,6 +62,31 @@ trap 'signal=USR2' USR2
 code=$?
 "$python" -P -m hpcml.node.batch close "$code" --signal "$signal"
 exit "$code"
+"""
+
+
+_COMPARISON = """
+unset HPCML_SUBMITTED
+worst=0
+comparison=$HPCML_RUN
+signal=""
+trap 'signal=TERM' TERM
+trap 'signal=USR2' USR2
+variant() {  # variant NAME COMMAND...: one step with a run directory of its own; none begins after a TERM
+  if [ "$signal" = TERM ]; then return; fi
+  export HPCML_RUN="$comparison/$1"
+  shift
+  "$@"
+  code=$?
+  "$python" -P -m hpcml.node.batch close "$code" --signal "$signal"
+  if [ "$code" -ne 0 ]; then worst=$code; fi
+}
+"""
+
+_COMPARED = """
+export HPCML_RUN=$comparison
+"$python" -P -m hpcml.node.batch close "$worst" --signal "$signal"
+exit "$worst"
 """
 
 
@@ -98,14 +129,10 @@ def render_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> str:
         _ENVIRONMENT.format(runs=_shell_path(site.runs)),
         _modules(parent),
         _PYTHON.format(candidates=_candidates(parent)),
-        "\nworst=0\ncomparison=$HPCML_RUN\n",
-        "variant() {  # variant NAME COMMAND...: one step with a run directory of its own\n"
-        '  export HPCML_RUN="$comparison/$1"\n  shift\n  "$@"\n  code=$?\n'
-        '  "$python" -P -m hpcml.node.batch close "$code"\n'
-        '  if [ "$code" -ne 0 ]; then worst=$code; fi\n}\n',
+        _COMPARISON,
     ]
     parts += [f"variant {shlex.quote(plan.name)} {_srun(plan, exact=True)}\n" for plan in plans]
-    parts.append('\nexport HPCML_RUN=$comparison\n"$python" -P -m hpcml.node.batch close "$worst"\nexit "$worst"\n')
+    parts.append(_COMPARED)
     return "".join(parts)
 
 
@@ -121,6 +148,7 @@ def render_functions(plan: Plan, site: Site, *, array: bool) -> str:
             f"#!/bin/bash\n# {plan.name}: a function, for the site {site.name}\n",
             _ENVIRONMENT.format(runs=_shell_path(site.runs)),
             'export HPCML_RUN="$HPCML_RUN/$SLURM_ARRAY_TASK_ID"\n' if array else "",
+            "unset HPCML_SUBMITTED\n",
             _modules(plan),
             _PYTHON.format(candidates=_candidates(plan)),
             _RUN.format(srun=_srun(plan)),

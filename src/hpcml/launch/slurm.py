@@ -58,7 +58,7 @@ def submit_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> tuple[
 def environment_for(run: RunDir, plan: Plan, environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment to submit in: nothing of an enclosing allocation, and the run's name."""
     source = os.environ if environment is None else environment
-    own = {"HPCML_RUN": run.id, "HPCML_RUNS": str(run.root), "HPCML_PROJECT": plan.project}
+    own = {"HPCML_RUN": run.id, "HPCML_RUNS": str(run.root), "HPCML_PROJECT": plan.project, "HPCML_SUBMITTED": "1"}
     outer = commands.clean_environment(bootstrap.outer_environment(source))
     return {name: value for name, value in outer.items() if name != "CUDA_VISIBLE_DEVICES"} | own
 

@@ -61,12 +61,14 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
 
     ``final`` tells whether the marker decides the state: it does where no stop signal came before the end and no rank
     was killed; otherwise Slurm knows better (CANCELLED, TIMEOUT, PREEMPTED, OUT_OF_MEMORY, …), also of work that
-    answered a signal with exit code 0.
+    answered TERM with exit code 0. USR2 is a warning only: work that ends well after it is COMPLETED.
     """
     restart, now = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0), time.time()
     ranks = [rundir.read_json(path) for path in sorted(run.path.glob("status.*.json"))]
     ranks = [rank for rank in ranks if rank.get("restart", 0) == restart]
-    variants = [rundir.read_json(path) for path in run.path.glob("*/status.json")]  # only a comparison has some
+    plan_data = rundir.read_json(run.plan)
+    names = plan_data.get("target", ()) if plan_data.get("work") == "comparison" else ()
+    variants = [marker for name in names if (marker := rundir.read_json(run.child(name).status))]
     failed = sorted((rank for rank in ranks if rank.get("exit_code")), key=lambda rank: rank["ended"])
     stop = rundir.read_json(run.stop)
     first_end = min((rank["ended"] for rank in (failed or ranks)), default=now)
@@ -77,21 +79,21 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
     if failed:
         exit_code = int(failed[0]["exit_code"])
     killed = exit_code == 137
-    marker: dict[str, object] = {
+    ended: dict[str, object] = {
         "state": "COMPLETED" if exit_code == 0 else "FAILED",
         "exit_code": exit_code,
-        "final": not (signal or killed),
+        "final": not (signal or killed) or (exit_code == 0 and str(signal).endswith("USR2")),
         "reason": failed[0].get("reason", "") if failed else "",
         "failed_rank": failed[0]["rank"] if failed else None,
         "signal": signal,
         "replicas_in_sync": next((r["replicas_in_sync"] for r in ranks if r.get("replicas_in_sync")), None),
-        "started": min((part["started"] for part in ranks or variants), default=now),
+        "started": min((part.get("started", now) for part in ranks or variants), default=now),
         "ended": now,
         "restarts": restart,
         "slurm_job_id": int(os.environ.get("SLURM_JOB_ID", "0") or 0) or rundir.slurm_job_id(run),
     }
-    rundir.write_json(run.status, marker)
-    return marker
+    rundir.write_json(run.status, ended)
+    return ended
 
 
 def main() -> int:

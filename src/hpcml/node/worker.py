@@ -6,6 +6,7 @@ runs in user code. Standard library only, so that nothing here can start a threa
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from typing import IO
 
 from .. import rundir
 from ..errors import HpcmlError
-from ..plan import Plan, from_json
+from ..plan import NEVER_CHECKED, Plan, from_json
 from ..rundir import RunDir
 from ..tracking import journal
 from . import batch, bootstrap
@@ -38,8 +39,6 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
     rank = int(os.environ.get("HPCML_RANK") or os.environ.get("SLURM_PROCID") or 0)
     log = open(run.log(rank), "ab", buffering=0)  # noqa: SIM115 - open until the process ends
-    if rank == 0 and rundir.read_json(run.status).get("restarts", restart) < restart:
-        run.status.unlink()  # the marker of an earlier restart
     reason, code = "", 2
     batch.forget_earlier(run, restart)
     try:
@@ -50,7 +49,7 @@ def run_rank(run: RunDir, plan: Plan) -> int:
         code = _child(run, plan, {**environment, **ready.variables}, log, rank)
         reason = "" if code == 0 else _last_words(run.log(rank), code)
         if code == 0:
-            code, reason = _trained_as_one(run, plan, rank, restart)
+            code, reason = _judged(run, plan, rank, restart)
             if reason:
                 _say(log, rank, f"hpcml: {reason}")
     except HpcmlError as error:
@@ -60,7 +59,8 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     replicas = next((r.get("in_sync") for r in reversed(records) if r["kind"] == "replicas"), None)
     marker = {"rank": rank, "exit_code": code, "reason": reason, "replicas_in_sync": replicas}
     rundir.write_json(run.status_of(rank), {**marker, "started": started, "ended": time.time(), "restart": restart})
-    if code and rank:
+    cleared_away = code == 143 and rundir.read_json(run.stop).get("restart") == restart
+    if code and rank and not cleared_away:
         print(f"hpcml: rank {rank} failed: {reason}\n  its log: {run.log(rank)}", file=sys.stderr, flush=True)
     return code
 
@@ -99,14 +99,16 @@ def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes],
             f"{words[0]} can't be started: {error.strerror}", fix="check the job's command and [env]"
         ) from None
     _forward(run, child, int(environment["HPCML_RESTART"]))
-    for chunk in _output(run, child):
-        log.write(chunk)
-        if rank == 0:
-            _show(chunk)
-    code = child.wait()
-    while _saves(run, child):
-        time.sleep(_POLL_S)
-    _kill_group(child, signal.SIGKILL)  # what the work left behind ends with it, as under Slurm
+    try:
+        for chunk in _output(run, child):
+            _keep(log, chunk)
+            if rank == 0:
+                _show(chunk)
+        code = child.wait()
+        while _saves(run, child):
+            time.sleep(_POLL_S)
+    finally:
+        _kill_group(child, signal.SIGKILL)  # what the work left behind ends with it, as under Slurm
     return code if code >= 0 else 128 - code
 
 
@@ -128,6 +130,16 @@ def _output(run: RunDir, child: subprocess.Popen[bytes]) -> Iterator[bytes]:
             return
 
 
+def _keep(log: IO[bytes], text: bytes) -> None:
+    """Write to the log; a full disk costs lines of it, not the training."""
+    try:
+        log.write(text)
+    except OSError as error:
+        if not getattr(_keep, "told", False):
+            _keep.told = True  # type: ignore[attr-defined]
+            print(f"hpcml: warning: the log is not complete: {error}", file=sys.stderr, flush=True)
+
+
 def _show(text: bytes) -> None:
     """Write to stdout; where its reader has left (``| head``) the work goes on, and the log has everything."""
     try:
@@ -139,18 +151,24 @@ def _show(text: bytes) -> None:
 
 
 def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
-    """Turn signals into a stop file; TERM and INT also reach the child's whole group, KILL follows after a while."""
+    """Turn signals into a stop file; the first TERM or INT also reaches the child's whole group, KILL follows after a while.
+
+    Slurm sends TERM twice on a cancel; passed on twice, the second would cut short the saving that the first began.
+    """
+    ending: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if rundir.read_json(run.stop).get("restart") != restart:
-            rundir.write_json(run.stop, {"signal": name, "time": time.time(), "restart": restart})
-        if number == signal.SIGUSR2:
-            return
-        _kill_group(child, signal.SIGTERM)
-        timer = threading.Timer(GRACE_S, _kill_group, (child, signal.SIGKILL))
-        timer.daemon = True
-        timer.start()
+        if number != signal.SIGUSR2 and not ending:
+            ending.append(number)
+            _kill_group(child, signal.SIGTERM)
+            timer = threading.Timer(GRACE_S, _kill_group, (child, signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+        stop = rundir.read_json(run.stop)
+        if stop.get("restart") != restart or (stop.get("signal") == "SIGUSR2" and number != signal.SIGUSR2):
+            with contextlib.suppress(OSError):
+                name = signal.Signals(number).name
+                rundir.write_json(run.stop, {"signal": name, "time": time.time(), "restart": restart})
 
     for number in _FORWARDED:
         signal.signal(number, handler)
@@ -164,7 +182,8 @@ def _kill_group(child: subprocess.Popen[bytes], number: int) -> None:
 def _saves(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
     """Whether a run that was asked to stop still has processes: a shell dies of TERM at once, the training in it saves."""
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
-    if rundir.read_json(run.stop).get("restart") != restart:
+    stop = rundir.read_json(run.stop)
+    if stop.get("restart") != restart or stop["signal"] == "SIGUSR2" or time.time() > stop["time"] + GRACE_S:
         return False
     try:
         os.killpg(child.pid, 0)
@@ -173,19 +192,25 @@ def _saves(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _trained_as_one(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[int, str]:
-    """A strategy that nobody checked may be several tasks that each trained the whole job: that is a failure."""
-    if plan.strategy is None:
+def _judged(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[int, str]:
+    """Judge work that ended with 0: what it said of itself, and whether its strategy was ever checked.
+
+    A strategy that nobody checked may be several tasks that each trained the whole job: that is a failure.
+    """
+    own = [r for r in journal.read(run.events) if r["rank"] == rank and r["restart"] == restart]
+    said = next((r for r in reversed(own) if r["kind"] == "finish"), None)
+    if said and said.get("state") != "COMPLETED":
+        return 1, str(said.get("reason") or "the work called run.finish() with another state than COMPLETED")
+    if plan.strategy is None and plan.tasks > 1 and plan.work in ("notebook", "script") and not own and rank == 0:
+        print(
+            f"hpcml: warning: {plan.tasks} tasks ran and none called hpcml.begin(); unless the work divides itself, "
+            "each of them has done all of it",
+            file=sys.stderr,
+            flush=True,
+        )
+    if plan.strategy is None or any(r["kind"] == "replicas" for r in own):
         return 0, ""
-    checked = any(
-        r["kind"] == "replicas" and r["rank"] == rank and r["restart"] == restart for r in journal.read(run.events)
-    )
-    if checked:
-        return 0, ""
-    return 1, (
-        f'strategy "{plan.strategy}" was never checked: no training reported its replicas in sync; '
-        "call hpcml.begin() and pass callbacks=run.callbacks() to fit"
-    )
+    return 1, NEVER_CHECKED.format(strategy=plan.strategy)
 
 
 def _last_words(log: Path, code: int) -> str:
@@ -196,12 +221,14 @@ def _last_words(log: Path, code: int) -> str:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("hpcml: rank ")]  # our own greeting is nobody's last word
+    lines = [re.sub(r"^([a-z_]\w*\.)+(?=[A-Z]\w*(Error|Exception)\b)", "", line) for line in lines]
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-    return (errors or lines or [f"exit code {code}"])[-1][:300]
+    said = f"; its last line: {lines[-1]}" if lines else ""
+    return (errors[-1] if errors else f"exit code {code}{said}")[:300]
 
 
 def _say(log: IO[bytes], rank: int, text: str, *, error: bool = False) -> None:
-    log.write(text.encode() + b"\n")
+    _keep(log, text.encode() + b"\n")
     if error:
         print(text, file=sys.stderr, flush=True)
     elif rank == 0:

@@ -76,6 +76,12 @@ def execute(
         raise _failed(error, session, output) from None
 
 
+class KernelKilled(JobFailed):
+    """The kernel was killed by SIGKILL. The exit code says so, because only Slurm knows whether memory ran out."""
+
+    exit_code = 128 + signal.SIGKILL
+
+
 def _failed(error: Any, session: Any, output: Path) -> JobFailed:
     from .live import plain
 
@@ -85,7 +91,8 @@ def _failed(error: Any, session: Any, output: Path) -> JobFailed:
     fix = f"the traceback is in the log; executed so far: {output}"
     if error.ename == "DeadKernelError":
         fix = f"ask for more memory if it ran short, else look for native code that crashed; executed so far: {output}"
-    return JobFailed(f"{cell} failed\n  {reason}", origin=session.notebook, fix=fix)
+    kind = KernelKilled if error.ename == "DeadKernelError" and "SIGKILL" in error.evalue else JobFailed
+    return kind(f"{cell} failed\n  {reason}", origin=session.notebook, fix=fix)
 
 
 def _read(notebook: Path) -> Any:

@@ -100,19 +100,6 @@ def job_state(job_id: int | str) -> text.JobState | None:
     return None
 
 
-def queued(job_ids: Sequence[int]) -> dict[int, text.JobState]:
-    """Return the states of those jobs that squeue still knows, in one call."""
-    if not job_ids:
-        return {}
-    ids = ",".join(map(str, job_ids))
-    done = _call(["squeue", "--noheader", "--states=all", "--format=%A|%T|%r", f"--jobs={ids}"], check=False)
-    found = {}
-    for line in done.stdout.splitlines() if done.returncode == 0 else ():
-        job_id, _, rest = line.strip().partition("|")
-        found[int(job_id)] = text.squeue_line(rest)
-    return found
-
-
 def job_fields(job_id: int) -> dict[str, str]:
     """Return what ``scontrol show job`` says of a job, by key; empty where it is unknown."""
     done = _call(["scontrol", "--oneliner", "show", "job", str(job_id)], check=False)

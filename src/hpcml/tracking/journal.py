@@ -11,6 +11,7 @@ params     ``values`` (name → value): facts about the run that don't change
 tags       ``values`` (name → text)
 replicas   ``in_sync``, ``expected`` (int), ``devices`` (names), ``virtual`` (bool: virtual CPU devices)
 progress   ``done``, ``total`` (int), ``unit`` (``cell`` or ``epoch``), ``text``
+finish     ``state``, ``reason``: how the work says it ended
 message    ``level`` (``info``, ``warning`` or ``error``), ``text``
 ========== ==================================================================================================
 """

@@ -82,6 +82,7 @@ def params(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) -> dict[str, Any]:
     """Return the tags of a run; the work's own win, but for those that find the run again."""
+    compares = plan.get("work") == "comparison"  # its variants have a device and a strategy each
     devices = [str(name).upper() for name in said.replicas.get("devices") or ()]
     if said.replicas.get("virtual"):
         device = "CPU (virtual devices)"
@@ -90,9 +91,9 @@ def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) ->
     else:
         device = "GPU (requested)" if plan.get("gpus_per_node") else "CPU"
     ours = {
-        "Training device": device,
+        "Training device": None if compares else device,
         "Phase": "Experimental",
-        "strategy": plan.get("strategy"),
+        "strategy": None if compares else plan.get("strategy"),
         "site": plan.get("site"),
         "slurm_job_id": job_id,
         "state": state,

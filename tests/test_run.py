@@ -1,0 +1,132 @@
+"""``hpcml.begin()`` without a worker: markers, ids that agree, how a process ended; and runs inside runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HPCML = [sys.executable, "-m", "hpcml"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "pyproject.toml").touch()
+    return tmp_path / "project"
+
+
+def env(folder: Path, **more: str) -> dict[str, str]:
+    # MLflow away at once: what is tested here is the run's own directory.
+    own = {"HPCML_SITE": "local", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "HPCML_DEVICES": "cpu"}
+    return {**os.environ, **own, **more}
+
+
+def python(folder: Path, body: str, **more: str) -> subprocess.CompletedProcess[str]:
+    (folder / "work.py").write_text(body)
+    words = [sys.executable, "work.py"]
+    return subprocess.run(words, cwd=folder, env=env(folder, **more), capture_output=True, text=True, timeout=120)
+
+
+def markers(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*/status.json"))]
+
+
+def test_a_bare_run_ends_with_its_process(folder: Path) -> None:
+    done = python(folder, "import hpcml\nrun = hpcml.begin()\nrun.log(1, loss=0.5)\n")
+    assert done.returncode == 0, done.stderr
+    (marker,) = markers(folder)
+    assert (marker["state"], marker["final"]) == ("COMPLETED", True)
+    assert "hpcml sync" in done.stderr, "MLflow was away: it says how to deliver later"
+    assert (folder / "runs" / ".gitignore").read_text() == "*\n"
+
+
+def test_an_exception_that_nobody_caught_is_a_failure(folder: Path) -> None:
+    done = python(folder, "import hpcml\nhpcml.begin()\nraise ValueError('no good')\n")
+    (marker,) = markers(folder)
+    assert (marker["state"], marker["reason"]) == ("FAILED", "ValueError: no good")
+    assert done.returncode == 1
+
+
+def test_a_strategy_that_nothing_checked_is_a_failure(folder: Path) -> None:
+    body = "import sys, types, hpcml, hpcml.training.tensorflow as t\nt.configure = lambda *a, **k: []\n"
+    python(folder, body + "hpcml.begin(strategy='mirrored')\n")
+    (marker,) = markers(folder)
+    assert marker["state"] == "FAILED" and "never checked" in marker["reason"]
+
+
+def test_finish_with_another_state_fails_the_run_under_a_worker_too(folder: Path) -> None:
+    (folder / "work.py").write_text("import hpcml\nhpcml.begin().finish('FAILED', 'not good enough')\n")
+    (folder / "job.toml").write_text('script = "work.py"\n')
+    done = subprocess.run([*HPCML, "run", "job.toml"], cwd=folder, env=env(folder), capture_output=True, text=True)
+    assert done.returncode == 1
+    (marker,) = markers(folder)
+    assert (marker["state"], marker["reason"]) == ("FAILED", "not good enough")
+
+
+def test_a_second_begin_is_the_same_run_and_new_is_another(folder: Path) -> None:
+    body = (
+        "import hpcml\na = hpcml.begin()\nassert hpcml.begin() is a\nb = hpcml.begin(new=True)\nassert b.dir != a.dir\n"
+    )
+    done = python(folder, body)
+    assert done.returncode == 0, done.stderr
+    assert [marker["state"] for marker in markers(folder)] == ["COMPLETED", "COMPLETED"]
+
+
+def test_a_framework_imported_before_is_refused(folder: Path) -> None:
+    body = (
+        "import sys, types\nsys.modules['tensorflow'] = types.ModuleType('tensorflow')\nimport hpcml\nhpcml.begin()\n"
+    )
+    done = python(folder, body)
+    assert done.returncode == 1 and "restart the kernel" in done.stderr
+    assert not (folder / "runs").exists()
+
+
+RANK = """\
+import os, sys, time, hpcml
+run = hpcml.begin()
+print("DIR", run.dir.id)
+if run.topology.rank == 1:
+    raise RuntimeError("rank 1 has had enough")
+"""
+
+
+def test_ranks_of_torchrun_share_one_run_and_the_failed_one_decides(folder: Path) -> None:
+    (folder / "work.py").write_text(RANK)
+    common = env(folder, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="x")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "work.py"],
+            cwd=folder,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    ids = {line for out, _ in said for line in out.splitlines() if line.startswith("DIR")}
+    assert len(ids) == 1, said
+    (marker,) = markers(folder)
+    assert (marker["state"], marker["reason"]) == ("FAILED", "RuntimeError: rank 1 has had enough")
+
+
+def test_a_run_inside_a_run_takes_nothing_of_ours_for_the_users(folder: Path) -> None:
+    (folder / "inner.py").write_text(
+        "import os\nprint('INNER', os.environ['OMP_NUM_THREADS'], os.environ['HPCML_RUN'])\n"
+    )
+    (folder / "inner.toml").write_text('script = "inner.py"\n[resources]\ncpus_per_task = 1\n')
+    body = f"import subprocess\nsubprocess.run({[*HPCML, 'run', 'inner.toml']!r}, check=True)\n"
+    (folder / "outer.py").write_text(body)
+    (folder / "outer.toml").write_text('script = "outer.py"\n[resources]\ncpus_per_task = 2\n')
+    outer = env(folder, OMP_NUM_THREADS="") | {"HPCML_SITE": "local"}
+    done = subprocess.run([*HPCML, "run", "outer.toml"], cwd=folder, env=outer, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    inner = next(line for line in done.stdout.splitlines() if line.startswith("INNER")).split()
+    assert inner[1] == "1" and inner[2].endswith("-inner")
