@@ -112,6 +112,7 @@ def test_the_walk_sees_what_is_there() -> None:
     assert any(found.module == "click" for found in IMPORTS["cli.root"])
     assert {found.module: found.at_top for found in IMPORTS["cli"]} == {
         "sys": True,
+        "gc": False,
         "hpcml": False,
         "hpcml.cli.root": False,
     }

@@ -7,7 +7,6 @@ step (srun(1), OUTPUT ENVIRONMENT VARIABLES). Standard library only.
 import json
 import os
 import re
-import socket
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ def addresses(
     topology: Topology,
     environment: Mapping[str, str],
     node_addresses: Callable[[Sequence[str]], Mapping[str, str]] = commands.node_addresses,
-    resolve: Callable[[str], object] = socket.gethostbyname,
+    resolve: Callable[[str], object] | None = None,
 ) -> list[str]:
     """Return ``host:port`` of every rank, the same list on every rank.
 
@@ -101,6 +100,10 @@ def addresses(
             origin=f"SLURM_DISTRIBUTION={environment.get('SLURM_DISTRIBUTION', '')}",
             fix="start the tasks with --distribution=block",
         )
+    if resolve is None:
+        import socket  # only several nodes need it; a login node's submit doesn't wait for it
+
+        resolve = socket.gethostbyname
     known = node_addresses(topology.hosts)
     hosts = [known.get(name, name) for name in topology.hosts]
     for host, name in zip(hosts, topology.hosts, strict=True):
@@ -215,6 +218,8 @@ def free_first_port(count: int) -> int:
 
 
 def _is_free(port: int) -> bool:
+    import socket
+
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
