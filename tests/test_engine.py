@@ -220,7 +220,7 @@ def test_parameters_arrive_unchanged(tmp_path: Path) -> None:
     alphabet = "ab \"'\\$`(){}[]%#\n\r\t\0\x1b\u2028é漢😀\ud800{x}"
     values: dict[str, Any] = {
         "p_quotes": "it's \"quoted\" '''and''' \"\"\"more\"\"\"",
-        "p_shell": "$(touch /tmp/never) `id` ${HOME} ; rm -rf / & | > x",
+        "p_shell": "$(touch never) `id` ${HOME} ; touch never & | > x",
         "p_lines": "a\nb\r\nc\td\n",
         "p_backslash": "\\ \\\\ \\n \\u0041 C:\\new\\",
         "p_unicode": "ñandú Ω 漢字 😀 \u2028 \x00 \x7f",
