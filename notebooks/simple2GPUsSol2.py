@@ -59,6 +59,9 @@ print(f"replicas in sync: {strategy.num_replicas_in_sync}")
 # Several processes: each takes its part of every batch. The default, AUTO, would first look for files to hand out whole.
 options = tf.data.Options()
 options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+# The autotuner of each epoch's iterator wakes after 20, 40, 80, … 640 ms, and the end of the epoch waits for its next time.
+# An epoch here is about that short, and there is nothing to tune.
+options.autotune.enabled = False
 
 # The seed makes the order the same in every process; with different orders the parts of a batch would overlap.
 # A remainder would be a smaller batch, with noisier gradients and a graph of its own; other images are left out each time.

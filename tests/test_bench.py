@@ -1,14 +1,16 @@
 """The statistics of the benchmarks: pairs, intervals, verdicts; and that their two sides are the same work."""
 
 import difflib
+import os
 import random
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench import bench_training, pairs
+from bench import bench_training, pairs, turns
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
@@ -30,7 +32,9 @@ def figure(ratios: list[float], bound: pairs.Bound) -> pairs.Figure:
 
 def test_orders_alternate_and_values_stay_with_their_side() -> None:
     order: list[str] = []
-    measured = list(pairs.measure(side("ours", lambda: 3.0, order), side("other", lambda: 2.0, order), least=4))
+    measured = list(
+        pairs.measure(pairs.in_turn(side("ours", lambda: 3.0, order), side("other", lambda: 2.0, order)), least=4)
+    )
     assert order == ["ours", "other", "other", "ours"] * 2
     assert [(pair.ours, pair.other, pair.ours_first) for pair in measured] == [(3, 2, True), (3, 2, False)] * 2
 
@@ -38,18 +42,18 @@ def test_orders_alternate_and_values_stay_with_their_side() -> None:
 def test_what_changes_between_pairs_falls_out() -> None:
     clock_rates = [1.0, 0.5, 0.25, 0.8, 0.1, 0.6]
     rates = iter([rate for rate in clock_rates for _ in range(2)])
-    measured = pairs.measure(lambda: 90 * next(rates), lambda: 100 * next(rates), least=6)
+    measured = pairs.measure(pairs.in_turn(lambda: 90 * next(rates), lambda: 100 * next(rates)), least=6)
     assert [pair.ratio for pair in measured] == pytest.approx([0.9] * 6)
 
 
 def test_goes_on_while_the_interval_is_wide_and_no_further_than_allowed() -> None:
     wide = iter([1.0, 1.4] * 50)
-    assert len(list(pairs.measure(lambda: next(wide), lambda: 1.0, least=4, most=10, width=0.04))) == 10
+    assert len(list(pairs.measure(lambda _: (next(wide), 1.0), least=4, most=10, width=0.04))) == 10
 
 
 def test_stops_at_the_first_even_count_that_is_narrow() -> None:
     values = iter([1.0, 1.4, 1.0, 1.4, *[1.2] * 40])
-    measured = list(pairs.measure(lambda: next(values), lambda: 1.0, least=4, most=40, width=0.04))
+    measured = list(pairs.measure(lambda _: (next(values), 1.0), least=4, most=40, width=0.04))
     assert 4 < len(measured) < 40 and len(measured) % 2 == 0
     low, high = pairs.interval([pair.ratio for pair in measured])
     assert high - low <= 0.04
@@ -59,7 +63,7 @@ def test_stops_at_the_first_even_count_that_is_narrow() -> None:
 
 def test_starts_no_more_than_the_least_when_time_is_up() -> None:
     wide = iter([1.0, 1.4] * 50)
-    assert len(list(pairs.measure(lambda: next(wide), lambda: 1.0, least=4, most=10, width=0.04, limit_s=-1))) == 4
+    assert len(list(pairs.measure(lambda _: (next(wide), 1.0), least=4, most=10, width=0.04, limit_s=-1))) == 4
 
 
 def test_interval_is_the_same_for_a_seed_and_lies_around_the_median() -> None:
@@ -115,6 +119,50 @@ def test_table_says_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in shown
     assert "A against B. Ratio 0.985 with ours first, 0.990 with it second." in shown
     assert f"seed {pairs.SEED}" in shown and "a note [in brackets]" in shown
+
+
+def test_only_time_in_turns_counts() -> None:
+    own = [(1.0, 2.0), (4.0, 6.0), (9.0, 10.0)]
+    assert turns.overlap(own, 0, 20) == 4
+    assert turns.overlap(own, 1.5, 4.5) == 1
+    assert turns.overlap(own, 2.5, 3.5) == 0
+    assert turns.overlap(own, 5, 9.25) == 1.25
+
+
+COUNTS = """
+import os, time
+with open(os.environ["BENCH_SPANS"], "w", buffering=1) as spans:
+    while not os.path.exists(os.environ["BENCH_STOP"]):
+        began = time.perf_counter()
+        until = time.process_time() + {cpu_s}
+        while time.process_time() < until:
+            pass
+        spans.write(f"10 {{began!r}} {{time.perf_counter()!r}}\\n")
+"""
+
+
+def test_programs_that_take_turns_are_told_apart_and_leave_nothing(tmp_path: Path) -> None:
+    """One does in 2 ms of computing what the other does in 1: a factor of two in the rate, whatever else the machine does."""
+    environment = pairs.environment()
+
+    def program(name: str, cpu_s: float) -> turns.Program:
+        return turns.Program(name, [sys.executable, "-c", COUNTS.format(cpu_s=cpu_s)], environment, tmp_path)
+
+    cores = os.sched_getaffinity(0)
+    both = [program("quick", 0.001), program("slow", 0.002)]
+    quick, slow = turns.race(both, 1.0)
+    assert quick > 1.2 * slow > 0
+    assert [one.child.poll() for one in both] == [0, 0] and os.sched_getaffinity(0) == cores
+    assert all(0.9 < one.seconds < 30 for one in both)
+
+
+def test_a_program_that_fails_is_told_with_its_words_and_the_other_ended(tmp_path: Path) -> None:
+    environment = pairs.environment()
+    fails = turns.Program("fails", [sys.executable, "-c", "raise SystemExit('no such data')"], environment, tmp_path)
+    waits = turns.Program("waits", [sys.executable, "-c", COUNTS.format(cpu_s=0.001)], environment, tmp_path)
+    with pytest.raises(RuntimeError, match="no such data"):
+        turns.race([waits, fails], 1.0)
+    assert waits.child.poll() is not None
 
 
 def test_both_sides_of_training_are_the_same_script_but_for_hpcml() -> None:

@@ -131,10 +131,11 @@ def imports(words: Sequence[str], environment: dict[str, str]) -> str:
 def version_figure(count: int) -> pairs.Figure:
     """Measure ``hpcml --version``."""
     environment = pairs.environment()
-    sides = [lambda: timed([HPCML, "--version"], environment)[0], lambda: timed([PYTHON, "-c", "pass"], environment)[0]]
-    for side in sides:  # the first run compiles to .pyc and fills the file cache
-        side()
-    measured = list(pairs.measure(*sides, least=count))
+    both = pairs.in_turn(
+        lambda: timed([HPCML, "--version"], environment)[0], lambda: timed([PYTHON, "-c", "pass"], environment)[0]
+    )
+    both(True)  # the first run compiles to .pyc and fills the file cache
+    measured = list(pairs.measure(both, least=count))
     what = f"`hpcml --version` against `python -c pass`; aim {VERSION_AIM:g}."
     return pairs.Figure("version", what, ("hpcml", "python"), "s", measured, VERSION_BOUND)
 
@@ -145,7 +146,7 @@ def submit_figure(ready: Cluster, count: int) -> pairs.Figure:
     files = [path for path in ready.runs.glob("*/code/**/*") if path.is_file() and not path.is_symlink()]
     size = sum(path.stat().st_size for path in files) / 2**20
     ready.bare()
-    measured = list(pairs.measure(ready.submit, ready.bare, least=count))
+    measured = list(pairs.measure(pairs.in_turn(ready.submit, ready.bare), least=count))
     what = (
         f"`hpcml submit` of a held job, snapshot of {len(files)} files ({size:.1f} MiB) included, "
         "against `sbatch` of the same script and `python -c pass`."

@@ -1,28 +1,31 @@
 """How much the engine costs: the same notebook through hpcml's execute() and through nbclient alone, both in this process.
 
-    python tests/bench/bench_engine.py [--pairs N]
+    scripts/bench engine [--quick]
 
 Imports are done before the clock starts; each measurement reads the notebook, starts a kernel, runs the cells, ends the
-kernel and writes the result. Pairs alternate their order. The aim is a median ratio of at most 1.15, and at most one
-write of the output notebook a second, beside the first and the last.
+kernel and writes the result. The output notebook is to be written at most once a second, beside the first and the last.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
-import statistics
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from bench import pairs
 from hpcml.notebook.execute import execute
 
+PAIRS = 10
+BOUND = pairs.Bound(1.15, at_least=False, pairs=PAIRS)
 CELLS = [
     "import math, sys",
     "epochs = 3\nlr = 0.1",
@@ -55,7 +58,9 @@ def with_hpcml(notebook: Path, output: Path) -> None:
 def with_nbclient(notebook: Path, output: Path) -> None:
     """Run a notebook with nbclient's own defaults."""
     node = nbformat.read(notebook, as_version=4)
-    NotebookClient(node, kernel_name="python3", resources={"metadata": {"path": str(output.parent)}}).execute()
+    quiet = ["--log-level=ERROR"]  # its transport is TCP, of which the kernel warns
+    resources = {"metadata": {"path": str(output.parent)}}
+    NotebookClient(node, kernel_name="python3", resources=resources, extra_arguments=quiet).execute()
     nbformat.write(node, output)
 
 
@@ -85,37 +90,39 @@ def measure_writes(folder: Path) -> tuple[list[float], float]:
     return found, took
 
 
-def main(pairs: int = 5) -> float:
-    """Print the pairs and the writes; return the ratio of the medians."""
+def timed(run: Callable[[Path, Path], None], notebook: Path, output: Path) -> float:
+    """Return the seconds that one run of a notebook takes."""
+    started = time.perf_counter()
+    run(notebook, output)
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    """Print the table and the writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two pairs, nothing is judged")
+    count = 2 if parser.parse_args().quick else PAIRS
+    pairs.announce("engine")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         notebook = write_notebook(folder / "bench.ipynb", CELLS)
-        both = {"hpcml": with_hpcml, "nbclient": with_nbclient}
-        for run in both.values():  # the first of each imports what is left and warms the file cache
-            run(notebook, folder / "warm.ipynb")
-        seconds: dict[str, list[float]] = {key: [] for key in both}
-        for pair in range(pairs):
-            for key in sorted(both, reverse=pair % 2 == 1):
-                started = time.perf_counter()
-                both[key](notebook, folder / f"{key}.ipynb")
-                seconds[key].append(time.perf_counter() - started)
-            order = "hpcml first" if pair % 2 == 0 else "nbclient first"
-            print(
-                f"pair {pair + 1}: hpcml {seconds['hpcml'][-1]:.3f} s, nbclient {seconds['nbclient'][-1]:.3f} s ({order})"
-            )
-        medians = {key: statistics.median(values) for key, values in seconds.items()}
-        ratio = medians["hpcml"] / medians["nbclient"]
-        print(
-            f"median: hpcml {medians['hpcml']:.3f} s, nbclient {medians['nbclient']:.3f} s, ratio {ratio:.2f} (aim: 1.15)"
+        both = pairs.in_turn(
+            lambda: timed(with_hpcml, notebook, folder / "hpcml.ipynb"),
+            lambda: timed(with_nbclient, notebook, folder / "nbclient.ipynb"),
         )
+        both(True)  # the first of each imports what is left and warms the file cache
+        measured = list(pairs.measure(both, least=count))
         times, took = measure_writes(folder)
-        gaps = [later - earlier for earlier, later in itertools.pairwise(times[:-1])]  # the last write is the end's
-        shortest = f"{min(gaps):.2f} s" if gaps else "none"
-        print(f"writes: {len(times)} in {took:.1f} s, shortest pause while running {shortest} (aim: 1 s)")
-    return ratio
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times[:-1])]  # the last write is the end's
+    shortest = f"{min(gaps):.2f} s" if gaps else "none"
+    what = f"a notebook of {len(CELLS)} cells, from reading it to the result on disk, imports excluded."
+    figure = pairs.Figure("notebook", what, ("hpcml", "nbclient"), "s", measured, BOUND)
+    writes = (
+        f"Output notebook: {len(times)} writes in {took:.1f} s, shortest pause while running {shortest} (at least 1 s)."
+    )
+    pairs.show("engine: what the engine costs a notebook", [figure], [writes])
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
-    main(parser.parse_args().pairs)
+    sys.exit(main())

@@ -86,9 +86,20 @@ class Figure:
         return interval([pair.ratio for pair in self.pairs], self.seed)
 
 
+def in_turn(ours: Callable[[], float], other: Callable[[], float]) -> Callable[[bool], tuple[float, float]]:
+    """Return what measures two sides one right after the other, for :func:`measure`."""
+
+    def both(ours_first: bool) -> tuple[float, float]:
+        if ours_first:
+            return ours(), other()
+        second = other()
+        return ours(), second
+
+    return both
+
+
 def measure(
-    ours: Callable[[], float],
-    other: Callable[[], float],
+    both: Callable[[bool], tuple[float, float]],
     *,
     least: int,
     most: int | None = None,
@@ -98,6 +109,7 @@ def measure(
     """Yield pairs: ours first, then the other first, and so on.
 
     Args:
+        both: measures ours and the other; told whether ours comes first.
         least: pairs that are measured in any case.
         most: after ``least``, go on to at most so many while the ratio's interval is wider than ``width``; always by
             two, so that both orders have equally many.
@@ -109,9 +121,7 @@ def measure(
         if len(pairs) >= least and len(pairs) % 2 == 0 and (late or _narrow(pairs, width)):
             return
         ours_first = len(pairs) % 2 == 0
-        first, second = (ours, other) if ours_first else (other, ours)
-        values = first(), second()
-        pairs.append(Pair(*(values if ours_first else values[::-1]), ours_first))
+        pairs.append(Pair(*both(ours_first), ours_first))
         yield pairs[-1]
 
 
