@@ -74,9 +74,44 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
-    def tensorboard(self) -> Path:
-        """Folder for TensorBoard's event files."""
-        return self.path / "tensorboard"
+    def profile(self) -> Path:
+        """Folder of the profiler's files."""
+        return self.path / "profile"
+
+    @property
+    def model(self) -> Path:
+        """Folder of the trained model, in MLflow's format."""
+        return self.path / "model"
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder for other files that the work wants to keep."""
+        return self.path / "artifacts"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of the report's plots."""
+        return self.path / "plots"
+
+    @property
+    def report(self) -> Path:
+        """The report, one self-contained page."""
+        return self.path / "report.html"
+
+    @property
+    def provenance(self) -> Path:
+        """Where code, environment and data came from."""
+        return self.path / "provenance.json"
+
+    @property
+    def patch(self) -> Path:
+        """The uncommitted edits of the code."""
+        return self.path / "code.patch"
+
+    @property
+    def packages(self) -> Path:
+        """Name and version of every package in the environment."""
+        return self.path / "packages.txt"
 
     @property
     def stop(self) -> Path:
