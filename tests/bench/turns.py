@@ -97,20 +97,23 @@ class Program:
                 raise self._failure()
             time.sleep(LOOK_S)
         self._processes = self._tree()
-        self._stop()
+        _stop(self._processes)
 
     def turn(self, seconds: float) -> None:
         """Let it run for a while."""
+        *others, work = self._processes  # the clock is its own: last to go on, first to stop
+        _signal(others, signal.SIGCONT)
         began = time.perf_counter()
-        self._signal(signal.SIGCONT)
+        _signal([work], signal.SIGCONT)
         time.sleep(seconds)
-        self._stop()
+        _stop([work])
         ended = time.perf_counter()
+        _stop(others)
         self.turns.append((began, ended))
         self.seconds += ended - began
         if len(self.turns) % 40 == 0:  # it may have started processes meanwhile
             self._processes = self._tree()
-            self._stop()
+            _stop(self._processes)
 
     def samples_per_s(self) -> float:
         """Return its samples in a second of its turns.
@@ -132,7 +135,7 @@ class Program:
             RuntimeError: it failed; with its last words.
         """
         self.stop.touch()
-        self._signal(signal.SIGCONT)
+        _signal(self._processes, signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             if self.child.wait(TIMEOUT_S) == 0:
                 return
@@ -143,29 +146,32 @@ class Program:
         if self.child.poll() is None:
             self.child.terminate()
             self._processes = self._tree()
-            self._signal(signal.SIGCONT)
+            _signal(self._processes, signal.SIGCONT)
             self.child.wait(STOP_S)
 
     def _tree(self) -> list[psutil.Process]:
+        """Return its processes, the one that does the work last."""
         own = psutil.Process(self.child.pid)
-        return [own, *own.children(recursive=True)]
-
-    def _stop(self) -> None:
-        """Stop all of it, and wait until the kernel has: only then the other may run."""
-        self._signal(signal.SIGSTOP)
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                while process.status() not in STOPPED:
-                    time.sleep(0.0002)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        return sorted([own, *own.children(recursive=True)], key=lambda process: sum(process.cpu_times()[:2]))
 
     def _failure(self) -> RuntimeError:
         words = self.log.read_text(errors="replace")[-2000:]
         return RuntimeError(f"{' '.join(self.words)}: exit status {self.child.poll()}\n{words}")
+
+
+def _stop(processes: Sequence[psutil.Process]) -> None:
+    """Stop processes, and wait until the kernel has: only then another may run."""
+    _signal(processes, signal.SIGSTOP)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.status() not in STOPPED:
+                time.sleep(0.0002)
+
+
+def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def overlap(turns: Sequence[tuple[float, float]], began: float, ended: float) -> float:

@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 from .. import rundir
@@ -20,7 +22,6 @@ from ..slurm import commands
 
 # After TERM the ranks have this long before KILL: a little more than a worker gives its child.
 GRACE_S = 25
-_POLL_S = 0.1
 
 
 def make(plan: Plan, root: Path) -> RunDir:
@@ -48,15 +49,8 @@ def run(plan: Plan, run_dir: RunDir) -> dict[str, object]:
     ended = _Ended()
     with ended.watching():
         workers = _start(plan, run_dir)
-        deadline = time.monotonic() + plan.time_s if plan.time_s else float("inf")
-        while any(worker.poll() is None for worker in workers) and not ended.cause:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                next(w for w in workers if w.poll() is None).wait(_POLL_S)
-            if any(worker.poll() for worker in workers):
-                break
-            if time.monotonic() > deadline:
-                ended.cause = "TIMEOUT"
-        _end(workers, ended.cause)
+        ended.wait(workers, plan.time_s)
+        _end(workers)
     codes = [worker.returncode for worker in workers]
     worst = next((code if code > 0 else 128 - code for code in codes if code), 0)
     marker = batch.close_run(run_dir, worst)
@@ -73,6 +67,20 @@ class _Ended:
 
     def __init__(self) -> None:
         self.cause = ""
+        self._exits: SimpleQueue[int] = SimpleQueue()  # one that a signal handler may put into (reentrant)
+
+    def wait(self, workers: Sequence[subprocess.Popen[bytes]], time_s: int) -> None:
+        """Wait until all workers have ended or one has failed, the time is up, or a signal came; nothing polls meanwhile."""
+        for worker in workers:
+            threading.Thread(target=lambda worker=worker: self._exits.put(worker.wait()), daemon=True).start()
+        deadline = time.monotonic() + time_s
+        for _ in workers:
+            try:
+                code = self._exits.get(timeout=max(0.0, deadline - time.monotonic()) if time_s else None)
+            except Empty:
+                self.cause = "TIMEOUT"
+            if self.cause or code:
+                return
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -80,6 +88,7 @@ class _Ended:
 
         def handler(number: int, frame: FrameType | None) -> None:
             self.cause = "CANCELLED"
+            self._exits.put(0)
 
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
@@ -140,7 +149,7 @@ def python_of(plan: Plan) -> str:
     return python
 
 
-def _end(workers: list[subprocess.Popen[bytes]], cause: str) -> None:
+def _end(workers: list[subprocess.Popen[bytes]]) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.send_signal(signal.SIGTERM)

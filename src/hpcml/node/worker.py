@@ -115,19 +115,33 @@ def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes],
 def _output(run: RunDir, child: subprocess.Popen[bytes]) -> Iterator[bytes]:
     """Yield what the child writes until it has ended; a process that it left behind may hold its output open for ever."""
     assert child.stdout is not None
-    pipe = child.stdout.fileno()
+    pipe, end = child.stdout.fileno(), _end_of(child)
+    watched = [pipe, end]
     over = float("inf")
     while True:
-        ended = child.poll() is not None
-        over = min(over, time.monotonic() + _DRAIN_S) if ended else over
-        waiting = select.select([pipe], [], [], _POLL_S)[0]
-        if waiting:
+        ready = select.select(watched, [], [], None if end in watched else _POLL_S)[0]
+        if end in ready:
+            watched.remove(end)
+            over = time.monotonic() + _DRAIN_S
+        if pipe in ready:
             chunk = os.read(pipe, 65536)
             if not chunk:
                 return
             yield chunk
-        if ended and (not waiting or time.monotonic() > over) and not _saves(run, child):
+        if end not in watched and (pipe not in ready or time.monotonic() > over) and not _saves(run, child):
             return
+
+
+def _end_of(child: subprocess.Popen[bytes]) -> int:
+    """Return a descriptor that becomes readable when the child has ended, so that nobody needs to poll."""
+    reading, writing = os.pipe()
+
+    def wait() -> None:
+        child.wait()
+        os.close(writing)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return reading
 
 
 def _keep(log: IO[bytes], text: bytes) -> None:
