@@ -12,7 +12,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "hpcml"
 # Shared by all rooms, on the standard library alone. journal is the file format of a run's events.
-LEAF = {"errors", "job", "site", "facts", "plan", "rundir", "snapshot", "slurm", "tracking.journal"}
+LEAF = {
+    *("errors", "job", "site", "facts", "plan", "rundir", "snapshot", "slurm"),
+    *("tracking.journal", "tracking.provenance", "tracking.revision"),
+}
 FRAMEWORKS = {
     *("tensorflow", "keras", "tf_keras", "torch", "horovod", "numpy", "mlxtend", "matplotlib", "mlflow"),
     *("papermill", "nbclient", "nbformat", "jupyter_client", "jupyter_core", "ipykernel", "IPython", "traitlets"),
@@ -121,7 +124,12 @@ def test_the_walk_sees_what_is_there() -> None:
 
 ROOMS: list[tuple[str, set[str], set[str] | None, set[str] | None]] = [
     ("the leaf imports nobody but the leaf", LEAF, None, LEAF),
-    ("a node knows the leaf, and data sets to stage", {"node"}, None, LEAF | {"node", "data"}),
+    (
+        "a node knows the leaf, data sets to stage, telemetry and delivery to start",
+        {"node"},
+        None,
+        LEAF | {"node", "data", "tracking.telemetry", "tracking.follow"},
+    ),
     ("training is handed the topology", {"training"}, None, LEAF | {"training"}),
     ("a report reads run directories only", {"report"}, None, LEAF | {"report"}),
     ("delivery reads run directories only", {"tracking.mlflow"}, None, LEAF | {"tracking"}),
@@ -129,7 +137,7 @@ ROOMS: list[tuple[str, set[str], set[str] | None, set[str] | None]] = [
     ("data knows nobody", {"data"}, None, {"errors", "data"}),
     ("a launcher knows no command", {"launch"}, {"cli", "compare", "preflight", "report"}, None),
     # a Future asks for its run's state, so the queue must not know launchers
-    ("the queue asks Slurm and run directories only", {"queue"}, None, LEAF),
+    ("the queue asks Slurm and run directories only", {"queue"}, None, LEAF | {"queue"}),
     (
         "nobody imports the command line",
         set(FILES) - {"", "__main__"} - {m for m in FILES if within(m, {"cli"})},

@@ -315,9 +315,15 @@ def test_everything_about_a_finished_run(desk: Desk) -> None:
     assert [state["run_id"] for state in desk.json("runs", "list")] == [run.name]
     assert run.name in desk.type("runs", "list").stdout
     assert "has ended already: COMPLETED" in desk.type("cancel").stdout
+    ended = {"run_id": run.name, "slurm_job_id": None, "state_before": "COMPLETED", "cancelled": False}
+    assert desk.json("cancel") == ended
+    lines = [json.loads(line) for line in desk.type("logs", "--json").stdout.splitlines()]
+    assert {(line["rank"], line["line"]) for line in lines} >= {(0, "hello"), (1, "hello")}
+    assert desk.type("logs", "--json", "--rank", "1", "-f").stdout.count('"rank": 1') == only.count("\n")
     kept = desk.type("runs", "prune", "--keep", "0", "--yes")
-    assert "1 older runs are kept" in kept.stderr and desk.runs == [run]
+    assert "1 older run is kept" in kept.stderr and desk.runs == [run]
     assert "not delivered to MLflow" in desk.type("sync", code=3).stderr
+    assert desk.json("sync", code=3) == [{"run_id": run.name, "delivered": False, "mlflow": ""}]
 
 
 def test_a_delivered_run_is_sent_once_and_may_go(desk: Desk) -> None:
@@ -333,7 +339,7 @@ def test_a_delivered_run_is_sent_once_and_may_go(desk: Desk) -> None:
     assert "1 run is in MLflow already" in desk.type("sync", "--all").stdout
     asked = desk.start("runs", "prune", "--keep", "0")
     assert asked.communicate(timeout=60)[0].startswith(run.name) and desk.runs == [run], "no answer is no"
-    assert "deleted 1 runs" in desk.type("runs", "prune", "--keep", "0", "--yes").stdout
+    assert "deleted 1 run, " in desk.type("runs", "prune", "--keep", "0", "--yes").stdout
     assert desk.runs == []
 
 
@@ -348,6 +354,17 @@ def test_places_in_json(desk: Desk) -> None:
     assert {finding["topic"] for finding in desk.json("check", "job.toml")} >= {"site", "request", "environment"}
     assert desk.json("runs", "list") == []
     assert "← here: $HPCML_SITE" in desk.type("site", "list").stdout
+
+
+def test_doctor_tells_what_a_snapshot_holds(desk: Desk) -> None:
+    def git() -> dict[str, str]:
+        found: dict[str, str] = next(line for line in desk.json("doctor") if line["topic"] == "git")
+        return found
+
+    told = git()
+    assert (told["verdict"], "is no git repository" in told["text"]) == ("note", True), told
+    subprocess.run(["git", "init", "-q"], cwd=desk.project, env=desk.env, check=True)
+    assert git()["verdict"] == "good"
 
 
 def test_a_site_of_ones_own_is_found_again_by_its_file(desk: Desk) -> None:
@@ -499,22 +516,24 @@ def test_what_a_script_leaves_behind_does_not_hold_up_the_run(desk: Desk, more: 
 # ------------------------------------------------------------------ pipes
 
 
-def piped(desk: Desk, words: Sequence[str], reader: str = "head -1") -> tuple[str, str]:
-    line = f"set -o pipefail; {shlex.join([*WORDS, *words])} | {reader}"
+def piped(desk: Desk, words: Sequence[str], reader: str = "head -1") -> tuple[str, str, int]:
+    """What a reader that leaves early saw, what was on stderr, and hpcml's own exit code."""
+    line = f"{shlex.join([*WORDS, *words])} | {reader}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", line], cwd=desk.project, env=desk.env, capture_output=True, text=True, timeout=60
     )
-    return done.stdout, done.stderr
+    return done.stdout, done.stderr, done.returncode
 
 
 def test_a_reader_that_leaves_early(desk: Desk) -> None:
     desk.write("train.py", "for i in range(200_000):\n    print('line', i)\n")
     desk.write("job.toml", 'script = "train.py"\n')
-    out, err = piped(desk, ["run", "job.toml"])
+    out, err, _ = piped(desk, ["run", "job.toml"])
     assert out.startswith("hpcml: run ") and "Traceback" not in err and "BrokenPipe" not in err, err
     assert marker(desk.runs[0])["state"] == "COMPLETED", "the run goes on without its reader"
     assert (desk.runs[0] / "logs/out.0.txt").read_text().endswith("line 199999\n")
     for words in (["logs"], ["logs", "-f"], ["runs", "list", "--json"], ["doctor", "--json"], ["--help"]):
-        out, err = piped(desk, words)
+        out, err, status = piped(desk, words)
         assert out.count("\n") == 1 and err == "", (words, err)
+        assert status == 0, words
         assert "internal" not in piped(desk, words, "true")[1], words

@@ -115,6 +115,20 @@ def test_a_missing_base_names_who_wants_it(tmp_path: Path) -> None:
         (WORK + "[env]\nname = 'a'\npython = 'b'\n", "both set"),
         (WORK + "[env.vars]\nA = 1\n", "env.vars.A = 1 is not a string"),
         (WORK + "[env.vars]\n'A=B' = '1'\n", "not a variable's name"),
+        (WORK + "profile = [10, 20]\n", "profile = [10, 20] is not a table"),
+        (WORK + "[profile]\n", "profile.steps is missing"),
+        (WORK + "[profile]\nstep = [10, 20]\n", "did you mean 'steps'?"),
+        (WORK + "[profile]\nsteps = 10\n", "profile.steps = 10 is not a first and a last step"),
+        (WORK + "[profile]\nsteps = []\n", "profile.steps = [] is not a first and a last step"),
+        (WORK + "[profile]\nsteps = [10]\n", "is not a first and a last step"),
+        (WORK + "[profile]\nsteps = [10, 20, 30]\n", "is not a first and a last step"),
+        (WORK + "[profile]\nsteps = ['10', '20']\n", "is not a first and a last step"),
+        (WORK + "[profile]\nsteps = [true, 20]\n", "is not a first and a last step"),
+        (WORK + "[profile]\nsteps = [1.0, 20]\n", "is not a first and a last step"),
+        (WORK + "[profile]\nsteps = [0, 20]\n", "is not a first and a last step"),
+        (WORK + "[profile]\nsteps = [5, 10000000000]\n", "is not a first and a last step"),
+        (WORK + "[profile]\nsteps = [20, 10]\n", "fix: [10, 20]"),
+        (WORK + "[profile]\nsteps = [1, 201]\n", "201 steps long"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, text: str, says: str) -> None:
@@ -224,6 +238,22 @@ def test_set_refuses_what_is_no_key(tmp_path: Path, key: str) -> None:
     path = write(tmp_path, "j.toml", "name = 'n'\n" + WORK + "[resources]\nnodes = 1\n")
     with pytest.raises(HpcmlError, match=f"--set {key}"):
         job.load(path, None, {key: "1"})
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (10, 20), (1, 200), (10**9, 10**9)])
+def test_a_profile_is_a_first_and_a_last_step(tmp_path: Path, steps: tuple[int, int]) -> None:
+    path = write(tmp_path, "j.toml", WORK)
+    assert job.load(path).profile is None
+    assert job.load(path, None, {"profile.steps": str(list(steps))}).profile == steps
+    write(tmp_path, "j.toml", f"{WORK}[profile]\nsteps = {list(steps)}\n")
+    loaded = job.load(path)
+    assert loaded.profile == steps
+    assert loaded.origins["profile.steps"] == f"{path}: profile.steps"
+
+
+def test_a_profile_that_is_wrong_on_the_command_line_is_said_to_come_from_there(tmp_path: Path) -> None:
+    with pytest.raises(HpcmlError, match=r"--set profile\.steps: profile\.steps = \[20, 10\] ends before it begins"):
+        job.load(write(tmp_path, "j.toml", WORK), None, {"profile.steps": "[20,10]"})
 
 
 # ------------------------------------------------------------------ time, project

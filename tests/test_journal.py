@@ -1,22 +1,27 @@
 """The journal: what was acknowledged is there, whatever happened to the writer, the disk or the file."""
 
+import contextlib
 import ctypes
 import json
 import math
 import os
+import queue
 import random
 import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import hpcml
 from hpcml.tracking import journal
-from hpcml.tracking.journal import Journal
+from hpcml.tracking.journal import Journal, reader
 
-SRC = str(Path(journal.__file__).parents[2])
+SRC = str(Path(hpcml.__file__).parents[1])
 
 
 def python(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -77,6 +82,7 @@ def test_a_torn_last_line_is_skipped_and_the_next_record_stands_alone(tmp_path: 
     assert second.metric(2, {"a": 2})
     second.close()
     assert [(record["step"], record["line"]) for record in records(tmp_path)] == [(1, 1), (2, 3)]
+    assert list(journal.problems(tmp_path)) == []
 
 
 @pytest.mark.parametrize("cut", [10, -1])
@@ -159,9 +165,11 @@ def test_what_cannot_be_written_is_said_once_and_never_raised(
     writer.close()
     writer.close()
     assert not writer.metric(2, {"a": 1})
-    assert writer.lost == 6
-    assert capsys.readouterr().err.count("records are lost") == 1
-    assert [record["values"] for record in records(tmp_path)] == [{"b": 2.0}]
+    assert writer.lost == 4, "what was left out of a metric is the caller's, and not lost"
+    said = capsys.readouterr().err
+    assert said.count("records are lost") == 1 and said.count("no number") == 1
+    assert [r["values"] for r in records(tmp_path) if r["kind"] == "metric"] == [{"b": 2.0}]
+    assert journal.lost(tmp_path) == 3, "those before the end; the fourth came after"
 
 
 def test_a_file_that_cannot_be_opened_loses_records_not_the_training(
@@ -171,6 +179,7 @@ def test_a_file_that_cannot_be_opened_loses_records_not_the_training(
     writer = Journal(tmp_path / "events" / "0.0.rank.jsonl")
     assert not writer.metric(1, {"a": 1})
     assert capsys.readouterr().err.count("records are lost") == 1
+    assert (writer.lost, writer.untold) == (1, 1)
 
 
 FILLING = """
@@ -199,7 +208,10 @@ def check_full(path: Path, child: "subprocess.Popen[str]") -> None:
     assert after == [True, True, True]
     assert err.count("records are lost") == 1 and len(err.splitlines()) == 1
     accepted = [n for n, kept in enumerate(told) if kept] + [1000, 1001, 1002]
-    assert [record["step"] for record in records(path.parent)] == accepted
+    assert [record["step"] for record in records(path.parent) if record["kind"] == "metric"] == accepted
+    assert journal.lost(path.parent) == told.count(False)
+    assert journal.lost(path.parent, rank=1) == journal.lost(path.parent, restart=1) == 0
+    assert list(journal.problems(path.parent)) == [], "the torn half is told from garbage"
 
 
 def test_a_file_at_its_size_limit(tmp_path: Path) -> None:
@@ -283,3 +295,259 @@ def test_files_are_private_and_foreign_names_are_left_alone(tmp_path: Path) -> N
     (path.parent / "1.0.a.b.jsonl").write_text(line)
     assert [(record["rank"], record["writer"]) for record in records(path.parent)] == [(1, "a.b")]
     assert records(tmp_path / "absent") == []
+
+
+def test_garbage_is_named_by_file_and_line(tmp_path: Path) -> None:
+    good = b'{"t":1,"kind":"message"}\n'
+    (tmp_path / "0.0.rank.jsonl").write_bytes(good + b"\n" + b"x" * 100 + b"\n" + good + b'{"t":1,"ki\n' + b"torn")
+    (tmp_path / "1.0.rank.jsonl").write_bytes(b"\xff\x00\n" + good)
+    (tmp_path / "2.0.rank.jsonl").mkdir()
+    assert list(journal.problems(tmp_path)) == [
+        journal.Unreadable("0.0.rank.jsonl", 3, "x" * 60),
+        journal.Unreadable("0.0.rank.jsonl", 5, '{"t":1,"ki'),
+        journal.Unreadable("1.0.rank.jsonl", 1, "\\xff\0"),
+        journal.Unreadable("2.0.rank.jsonl", 0, os.strerror(21)),
+    ]
+    assert [(record["rank"], record["line"]) for record in records(tmp_path)] == [(0, 1), (0, 4), (1, 2)]
+    assert len(list(journal.scan(tmp_path))) == 7
+
+
+def test_a_line_longer_than_any_record_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_LINE", 1000)
+    good = b'{"t":1,"kind":"message"}\n'
+    path = tmp_path / "0.0.rank.jsonl"
+    path.write_bytes(good + b"\0" * 3500 + b"\n" + good + b"\0" * 2500)
+    follower = journal.Reader(tmp_path)
+    assert [record["line"] for record in records(tmp_path)] == [record["line"] for record in follower.new()] == [1, 3]
+    with path.open("ab") as file:
+        file.write(b"\n" + good)
+    assert [record["line"] for record in follower.new()] == [5]
+    assert [problem.line for problem in journal.problems(tmp_path)] == [2, 4]
+
+
+def test_a_record_behind_the_half_of_another_writer_is_read(tmp_path: Path) -> None:
+    whole = b'{"t":2,"kind":"params","values":{"t":1}}\n'
+    (tmp_path / "0.0.rank.jsonl").write_bytes(b'{"t":1,"kind":"params","values":{"t":1' + whole)
+    (record,) = records(tmp_path)
+    assert (record["t"], record["values"]) == (2, {"t": 1})
+
+
+def test_reading_goes_on_after_what_is_known(tmp_path: Path) -> None:
+    with contextlib.closing(Journal(tmp_path / "0.0.rank.jsonl")) as writer:
+        for n in range(4):
+            writer.metric(n, {"a": n})
+            writer.write("progress", done=n, total=4, unit="epoch")
+    with contextlib.closing(Journal(tmp_path / "1.0.rank.jsonl")) as writer:
+        writer.metric(9, {"a": 1})
+    after = {"0.0.rank.jsonl": 5}
+    kept = [(record["rank"], record["line"]) for record in journal.read(tmp_path, after)]
+    assert kept == [(0, 6), (0, 7), (0, 8), (1, 1)]
+    only = journal.read(tmp_path, after, kinds={"progress"})
+    assert [(record["kind"], record["line"]) for record in only] == [("progress", 6), ("progress", 8)]
+
+
+def test_a_reader_gives_each_record_once_as_it_comes(tmp_path: Path) -> None:
+    follower, only = journal.Reader(tmp_path / "events"), journal.Reader(tmp_path / "events", kinds={"progress"})
+    assert follower.new() == []
+    path = tmp_path / "events" / "0.0.rank.jsonl"
+    with contextlib.closing(Journal(path)) as writer:
+        writer.metric(1, {"a": 1})
+        assert [record["step"] for record in follower.new()] == [1]
+        assert follower.new() == []
+        writer.metric(2, {"a": 1})
+        with contextlib.closing(Journal(path.with_name("1.0.rank.jsonl"))) as other:
+            other.metric(3, {"a": 1})
+        line = b'{"t":1,"kind":"progress","done":1}\n'
+        with path.open("ab") as file:
+            file.write(line[:20])
+            file.flush()
+            assert [(r["step"], r["line"]) for r in follower.new()] == [(2, 2), (3, 1)]
+            file.write(line[20:])
+        assert [(r["kind"], r["line"]) for r in follower.new()] == [("progress", 3)]
+    assert [r["line"] for r in only.new()] == [3]
+    path.write_bytes(line)
+    assert [r["line"] for r in follower.new()] == [1], "a shorter file is another one"
+
+
+class Tensor:
+    """Such as TensorFlow's and torch's: a number by ``float`` and ``int``."""
+
+    def __float__(self) -> float:
+        return 0.25
+
+    def __int__(self) -> int:
+        return 4
+
+
+def test_whatever_is_a_number_is_one(tmp_path: Path) -> None:
+    given = {
+        "float": 0.1, "int": 3, "true": True, "np32": np.float32(0.5), "np64": np.float64(1 / 3), "int8": np.int8(-1),
+        "bool_": np.bool_(True), "zero-d": np.array(7.0), "tensor": Tensor(), "nan": np.float32("nan"),
+        "inf": np.float64("-inf"), "max": sys.float_info.max, "-0": -0.0,
+    }  # fmt: skip
+    writer = Journal(tmp_path / "0.0.rank.jsonl")
+    assert writer.metric(1, given)
+    for step in (np.int64(2), np.int32(3), Tensor(), True, 10**30):
+        assert writer.metric(step, {"a": 1.0}), step
+    assert writer.metric(8, {1: 0.5}) and writer.metric(8, {True: 0.5})  # type: ignore[dict-item]
+    assert writer.metric(7, {"when": 1.0}, t_ms=12345)
+    writer.close()
+    first, *others, one, true, last = records(tmp_path)
+    assert (one["values"], true["values"]) == ({"1": 0.5}, {"true": 0.5}), "names as JSON has them"
+    wanted = {name: float(value) for name, value in given.items()}
+    assert math.isnan(first["values"].pop("nan")) and math.isnan(wanted.pop("nan"))  # type: ignore[attr-defined]
+    assert first["values"] == wanted and math.copysign(1, first["values"]["-0"]) == -1
+    assert {type(value) for value in first["values"].values()} == {float}  # type: ignore[attr-defined]
+    assert [record["step"] for record in others] == [2, 3, 4, 1, 10**30]
+    assert last["t"] == 12345
+
+
+@pytest.mark.parametrize("value", [None, "loss", [1.0], {}, object(), 1j, 10**400, np.zeros(2)], ids=repr)
+def test_what_is_no_number_is_left_out_and_the_rest_kept(
+    tmp_path: Path, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = Journal(tmp_path / "0.0.rank.jsonl")
+    for step in range(3):
+        assert not writer.metric(step, {"before": 1.0, "b\u00e4d": value, "after": math.inf})  # type: ignore[dict-item]
+    writer.close()
+    assert [record["values"] for record in records(tmp_path)] == [{"before": 1.0, "after": math.inf}] * 3
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "'b\u00e4d'" in said
+    assert writer.lost == 0
+
+
+def test_the_metrics_line_is_what_json_makes_of_it(tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    path = tmp_path / "0.0.rank.jsonl"
+    odd = ["loss", "", 'a"b\\c', "\n\t\0", "日本 🦀 \u2028", "caf\udce9", "x" * 5000, '{"t":1}']
+    writer, given = Journal(path), []
+    for step in range(6000):  # more names than are kept in their JSON form
+        names = [*rng.sample(odd, rng.randrange(len(odd))), f"name {rng.randrange(10**9)}"]
+        given.append({name: rng.choice([rng.random(), rng.gauss(0, 1e200), float(step)]) for name in names})
+        assert writer.metric(step, given[-1])
+    writer.close()
+    assert [record["values"] for record in records(tmp_path)] == given
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        again = json.dumps(json.loads(line), ensure_ascii=False, separators=(",", ":"))
+        assert again.encode("utf-8", "backslashreplace") == line.encode()
+
+
+def test_clock_steps_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [2_000_000_000, 1_000_000_000, 3_000_000_000]
+    monkeypatch.setattr(journal.writer, "_time_ns", iter(times).__next__)
+    writer = Journal(tmp_path / "0.0.rank.jsonl")
+    assert all(writer.metric(n, {"a": n}) for n in range(3))
+    writer.close()
+    assert [(record["step"], record["t"]) for record in records(tmp_path)] == [(0, 2000), (1, 1000), (2, 3000)]
+
+
+def test_a_million_points_are_read_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "0.0.rank.jsonl"
+    values = ",".join(f'"m{k}":0.5' for k in range(100))
+    with path.open("w") as file:
+        file.writelines(f'{{"t":{n},"kind":"metric","step":{n},"values":{{{values}}}}}\n' for n in range(10_000))
+    tracemalloc.start()
+    assert sum(len(record["values"]) for record in journal.read(tmp_path)) == 1_000_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 4
+
+
+# ---- what the disk gets -----------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Stands before ``fdatasync`` and notes how long each file was when it was synced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.synced: queue.Queue[int] = queue.Queue()
+        self.real = os.fdatasync
+        monkeypatch.setattr(os, "fdatasync", self)
+
+    def __call__(self, descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        self.real(descriptor)
+        self.synced.put(size)
+
+
+def test_what_is_written_is_synced_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, path = Disk(monkeypatch), tmp_path / "0.0.rank.jsonl"
+    writer = Journal(path)
+    for n in range(3):
+        assert writer.metric(n, {"a": n})
+        size = path.stat().st_size
+        while disk.synced.get(timeout=30) < size:  # the first sync may have come between two writes
+            pass
+    (thread,) = [one for one in threading.enumerate() if one.name == "hpcml-journal"]
+    writer.close()
+    assert not thread.is_alive()
+
+
+def test_nothing_is_synced_where_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    monkeypatch.setattr(journal.writer, "SYNC_S", 0.001)
+    writer = Journal(tmp_path / "0.0.rank.jsonl")
+    assert [one for one in threading.enumerate() if one.name == "hpcml-journal"] == []
+    assert writer.metric(1, {"a": 1})
+    disk.synced.get(timeout=30)
+    with pytest.raises(queue.Empty):
+        while True:  # one more, where the write fell between the wake and the sync; and then no more
+            disk.synced.get(timeout=0.2)
+    writer.close()
+    assert disk.synced.get_nowait() > 0, "closing syncs"
+
+
+def test_a_sync_that_fails_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = threading.Semaphore(0)
+
+    def quota(descriptor: int) -> None:
+        failed.release()
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fdatasync", quota)
+    monkeypatch.setattr(journal.writer, "SYNC_S", 0.001)
+    writer = Journal(tmp_path / "0.0.rank.jsonl")
+    for n in range(3):
+        assert writer.metric(n, {"a": n})
+        assert failed.acquire(timeout=30)
+    writer.close()
+    assert capsys.readouterr().err.count("may be lost") == 1
+
+
+FORKING = """
+import os, sys, threading
+from pathlib import Path
+from hpcml.tracking.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+stop = threading.Event()
+def busy():
+    n = 0
+    while not stop.is_set():
+        assert journal.metric(n, {"parent": n}); n += 1
+thread = threading.Thread(target=busy)
+thread.start()
+for child in range(20):
+    pid = os.fork()
+    if pid == 0:
+        ok = all(journal.metric(n, {f"child{child}": n}) for n in range(5))
+        ok &= any(one.name == "hpcml-journal" for one in threading.enumerate())  # it syncs what it wrote
+        journal.close(); journal.close()
+        os._exit(0 if ok else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+assert journal.metric(-1, {"parent": -1})
+stop.set(); thread.join(); journal.close()
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_children_write_on_and_hold_nobody_up(tmp_path: Path) -> None:
+    with python(FORKING, tmp_path / "0.0.rank.jsonl") as child:
+        assert child.wait(timeout=60) == 0
+    kept = [(name, record["step"]) for record in records(tmp_path) for name in record["values"]]  # type: ignore[attr-defined]
+    assert len(kept) == len(set(kept))
+    assert {(f"child{child}", n) for child in range(20) for n in range(5)} | {("parent", -1)} <= set(kept)
+    assert list(journal.problems(tmp_path)) == []

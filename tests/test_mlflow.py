@@ -251,7 +251,7 @@ def test_a_run_arrives_whole_and_once(tmp_path: Path, uri: str, request: pytest.
         found.data.tags.items()
         >= {
             "hpcml.run": run.id,
-            "Training device": "GPU",
+            "Training device": "2 × GPU",
             "Phase": "Retraining",
             "strategy": "original",
             "site": "local",
@@ -283,7 +283,7 @@ def test_artifacts_arrive_byte_by_byte_and_nothing_else(
     (run.path / "report.html").write_text("<p>é")
     sent = deliver(run, uri)
     names = ["notebook.ipynb", "notebook.1.ipynb", "plan.json", "job.sbatch", "logs/out.0.txt", "comparison.png"]
-    names += ["report.html"]
+    names += ["status.json", "report.html"]
     assert sent.artifacts == len(names)
     there = {item.path for folder in ("", "logs") for item in client(uri).list_artifacts(sent.run_id, folder or None)}
     assert there == {*names, "logs"}
@@ -300,6 +300,20 @@ def test_artifacts_arrive_byte_by_byte_and_nothing_else(
     assert same("logs/out.0.txt") and same("notebook.ipynb")
 
 
+def test_marker_and_report_are_sent_last(tmp_path: Path, door: Door) -> None:
+    run = make_run(tmp_path / "runs", experiment="order")
+    (run.path / "report.html").write_text("<p>")
+    (run.path / "zoom.png").write_bytes(b"png")
+    (run.path / "profile" / "rank_0").mkdir(parents=True)
+    (run.path / "profile" / "rank_0" / "trace.json").write_text("{}")
+    (run.logs / delivery.LOG).write_text("of the delivery, not of the run")
+    deliver(run, door.uri)
+    sent = [path.partition("/artifacts/")[2].split("/", 2)[2] for path, _ in door.seen if "mlflow-artifacts" in path]
+    assert [name.removeprefix("artifacts/") for name in sent][-2:] == ["status.json", "report.html"]
+    assert any("profile/rank_0/trace.json" in name for name in sent)
+    assert not any(delivery.LOG in name for name in sent)
+
+
 def test_mlflow_ui_shows_what_went_into_the_file(
     tmp_path: Path, server: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +328,71 @@ def test_mlflow_ui_shows_what_went_into_the_file(
     assert history(address, sent.run_id, "loss") == [(step, 1 / (step + 1)) for step in range(5)]
     assert (database.parent / "mlartifacts" / sent.run_id / "artifacts" / "notebook.ipynb").is_file()
     assert not (tmp_path / "mlruns").exists()
+
+
+def test_samples_and_profiles_become_metrics(tmp_path: Path, sqlite: str) -> None:
+    run = make_run(tmp_path / "runs")
+    first = 1_700_000_000_900
+    for rank in (0, 3):
+        lines = [
+            {"t": first + at, "kind": "sample", "values": {"gpu0/power_w": 60.5 + at, "cpu/percent": 0.0}}
+            for at in (0, 1000, 1999, 2000)
+        ]
+        lines.append({"t": first, "kind": "profile", "first": 10, "last": 20, "split": {"input": 1.5, "idle": 0}})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        run.event_file(rank, 0, "telemetry").write_text(text)
+    sent = deliver(run, sqlite)
+    for prefix in ("", "rank_3/"):
+        power = history(sqlite, sent.run_id, f"{prefix}system/gpu0/power_w")
+        assert power == [(0, 60.5), (1, 1060.5), (1, 2059.5), (2, 2060.5)]
+        assert history(sqlite, sent.run_id, f"{prefix}profile/input") == [(20, 1.5)]
+    # A later delivery counts from the same first sample.
+    with run.event_file(0, 0, "telemetry").open("a") as file:
+        file.write(json.dumps({"t": first + 60_000, "kind": "sample", "values": {"gpu0/power_w": 1}}) + "\n")
+    assert deliver(run, sqlite).points == 1
+    assert history(sqlite, sent.run_id, "system/gpu0/power_w")[-1] == (60, 1.0)
+
+
+A100 = "NVIDIA A100-SXM4-40GB"
+
+
+@pytest.mark.parametrize(
+    ("params", "replicas", "requested", "says"),
+    [
+        ({"gpu0.name": A100, "gpu1.name": A100}, {"in_sync": 2, "devices": ["GPU:0", "GPU:1"]}, 2, f"2 × {A100}"),
+        ({"gpu0.name": A100, "gpu1.name": A100}, {"in_sync": 1, "devices": ["GPU:0"]}, 2, f"1 × {A100}"),
+        ({"gpu0.name": A100, "gpu1.name": "T4"}, {"in_sync": 2, "devices": ["GPU:0"]}, 2, f"1 × {A100}, 1 × T4"),
+        ({"gpu0.name": A100}, {}, 1, f"1 × {A100}"),
+        ({}, {"in_sync": 4, "devices": ["GPU:0"]}, 4, "4 × GPU"),
+        ({}, {}, 2, "2 × GPU (requested)"),
+        ({}, {}, 0, "CPU"),
+        ({}, {"in_sync": 1, "devices": ["CPU:0"]}, 0, "CPU"),
+        ({}, {"in_sync": 2, "devices": ["CPU:0", "CPU:1"], "virtual": True}, 2, "CPU (2 virtual devices)"),
+        ({}, {"in_sync": 1, "devices": ["CPU:0"], "virtual": True}, 0, "CPU (1 virtual device)"),
+    ],
+)
+def test_the_device_that_trains(params: dict[str, Any], replicas: dict[str, Any], requested: int, says: str) -> None:
+    said = translate.Said(params=params, replicas=replicas)
+    assert translate.device({"nodes": 1, "gpus_per_node": requested}, said) == says
+
+
+def test_a_bare_script_stands_beside_its_jobs(tmp_path: Path, sqlite: str) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "jobs" / "base.toml").write_text('experiment = "MNIST"\n')
+    (tmp_path / "jobs" / "broken.toml").write_text("x = ")
+    (tmp_path / "jobs" / "a.toml").write_text('base = "base.toml"\nscript = "train.py"\n')
+    run = make_run(tmp_path / "runs")
+    plan_of = read_json(run.plan) | {"work": "session", "project": str(tmp_path), "experiment": "train"}
+    for target, where in (("train.py", "MNIST"), ("other.py", "train")):
+        write_json(run.plan, plan_of | {"target": [target]})
+        run.delivered.unlink(missing_ok=True)
+        assert deliver(run, sqlite).experiment == where
+    write_json(run.plan, plan_of | {"target": ["train.py"]})
+    assert deliver(run, sqlite).experiment == "train"  # where it is, it stays
+    (tmp_path / "jobs" / "b.toml").write_text('experiment = "CIFAR"\nscript = "train.py"\n')
+    run.delivered.unlink()
+    assert deliver(run, sqlite).experiment == "train"  # two jobs that disagree decide nothing
 
 
 NASTY = [
@@ -599,7 +678,7 @@ def test_an_artifact_store_that_fails_comes_after_the_points(tmp_path: Path, doo
     assert found.info.status == "FINISHED" and len(history(door.uri, found.info.run_id, "loss")) == 5
     door.refuse = lambda path, count: None
     sent = deliver(run, door.uri)
-    assert (sent.points, sent.artifacts) == (0, 5)
+    assert (sent.points, sent.artifacts) == (0, 6)
 
 
 def test_credentials_reach_the_server_and_nobody_else(
@@ -766,6 +845,7 @@ def test_delivered_json_says_what_mlflow_has(tmp_path: Path, sqlite: str) -> Non
         "state": "COMPLETED",
         "lines": {"0.0.rank.jsonl": 5},
     }
+    assert noted["offsets"] == {"0.0.rank.jsonl": run.event_file(0, 0, "rank").stat().st_size}
     stat = run.notebook(0).stat()
     assert noted["artifacts"]["notebook.ipynb"] == [stat.st_mtime_ns, stat.st_size]
 

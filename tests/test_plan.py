@@ -295,12 +295,29 @@ lines = st.text("ab cß\"'$`#\\", min_size=1, max_size=10)
     command=st.lists(texts, min_size=1, max_size=3).filter(lambda words: words[0]),
     variables=st.dictionaries(st.from_regex(r"[A-Z]{1,5}", fullmatch=True), texts, max_size=2),
     gpus=st.integers(0, 3),
+    profile=st.sampled_from([{}, {"profile": {"steps": [10, 20]}}]),
 )
 def test_a_plan_goes_to_json_and_back(
-    params: dict[str, Any], extra: list[str], command: list[str], variables: dict[str, str], gpus: int
+    params: dict[str, Any],
+    extra: list[str],
+    command: list[str],
+    variables: dict[str, str],
+    gpus: int,
+    profile: dict[str, Any],
 ) -> None:
-    tree = {"params": params, "slurm": {"extra": extra}, "env": {"vars": variables}}
+    tree = {"params": params, "slurm": {"extra": extra}, "env": {"vars": variables}} | profile
     before = plan.resolve(make(command=command, resources={"gpus_per_node": gpus}, **tree), CLUSTER)
     after = plan.from_json(json.loads(json.dumps(before.to_json())))
     assert after == before
     assert after.params == params and after.target == tuple(command)
+
+
+def test_a_plan_shows_its_profile_and_one_written_before_there_were_any_is_read() -> None:
+    tree = {"command": ["true"], "profile": {"steps": [10, 20]}}
+    wanted = job.from_tree(tree, {"profile.steps": "j.toml: profile.steps"}, Path("/project"))
+    shown = json.loads(json.dumps(plan.resolve(wanted, CLUSTER).to_json()))
+    assert shown["profile"] == [10, 20]
+    assert shown["origins"]["profile.steps"] == "j.toml: profile.steps"
+    assert plan.from_json(shown).profile == (10, 20)
+    del shown["profile"]
+    assert plan.from_json(shown).profile is None

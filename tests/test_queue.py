@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -117,14 +118,15 @@ def test_what_goes_on_goes_on(slurm: Slurm, run: RunDir, state: str) -> None:
 
 
 @pytest.mark.parametrize(("code", "state"), [(0, "COMPLETED"), (3, "FAILED")])
-def test_a_final_marker_is_believed_and_nobody_asked(slurm: Slurm, run: RunDir, code: int, state: str) -> None:
+def test_a_final_marker_is_believed(slurm: Slurm, run: RunDir, code: int, state: str) -> None:
     slurm.say("squeue", "RUNNING|None")
     rank_ended(run, 0, code, reason="ValueError: no" if code else "")
     batch.close_run(run, code)
     got = queue.state_of(run)
     assert (got.name, got.source, got.exit_code, got.replicas_in_sync) == (state, "marker", code, 2)
     assert got.reason == ("ValueError: no" if code else "")
-    assert slurm.asked() == []
+    if state == "COMPLETED":
+        assert slurm.asked() == [], "only who failed may have been put back into the queue"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,97 @@ def test_a_marker_of_this_restart_stays(run: RunDir, restart: int, monkeypatch: 
     batch.close_run(run, 0)
     batch.forget_earlier(run, restart)
     assert run.status.exists()
+
+
+def fail(run: RunDir, restart: int = 0) -> None:
+    rank_ended(run, 0, 3, reason="the first time", restart=restart)
+    batch.close_run(run, 3)
+
+
+@pytest.mark.parametrize("state", ["PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"])
+def test_a_failed_job_that_waits_again_has_not_failed(slurm: Slurm, run: RunDir, state: str) -> None:
+    fail(run)
+    slurm.say("squeue", f"{state}|BeginTime|2037-01-02T03:04:05|7")
+    got = queue.state_of(run)
+    assert (got.name, got.reason, got.is_final, got.ended, got.replicas_in_sync) == (
+        state, "BeginTime", False, None, None,
+    )  # fmt: skip
+    assert got.expected_start == time.mktime((2037, 1, 2, 3, 4, 5, 0, 0, -1))
+    (listed,), silence = queue.states_of([run])
+    assert (listed.name, silence) == (state, None)
+
+
+@pytest.mark.parametrize(("restarts", "expected"), [(0, "FAILED"), (1, "RUNNING")])
+def test_a_failed_job_that_runs_again_is_told_by_its_restarts(
+    slurm: Slurm, run: RunDir, restarts: int, expected: str
+) -> None:
+    """Between its marker and its end Slurm still says RUNNING; only a restart tells the two apart."""
+    fail(run)
+    slurm.say("squeue", "RUNNING|None|2026-01-02T03:04:05|7")
+    slurm.say("scontrol", f"JobId=7 JobName=a JobState=RUNNING Reason=None Restarts={restarts} ExitCode=0:0")
+    assert queue.state_of(run).name == expected
+
+
+def test_a_failed_run_is_told_without_slurm(slurm: Slurm, run: RunDir) -> None:
+    fail(run)
+    slurm.say("squeue", err="slurm_load_jobs error: Unable to contact slurm controller", code=1)
+    assert queue.state_of(run).name == "FAILED"
+    for command in ("squeue", "scontrol", "sacct"):
+        (slurm.folder / command).unlink()
+    assert queue.state_of(run).name == "FAILED"
+
+
+def test_a_running_job_began_when_slurm_says(slurm: Slurm, run: RunDir) -> None:
+    slurm.say("squeue", "RUNNING|None|2026-01-02T03:04:05|7")
+    assert queue.state_of(run).started == time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
+
+
+# ------------------------------------------------------------------ many runs at once
+
+
+def test_many_runs_cost_one_question(slurm: Slurm, tmp_path: Path) -> None:
+    runs = [make(tmp_path, job_id) for job_id in (11, 12, 13, 14)]
+    batch.close_run(runs[3], 0)
+    slurm.say("squeue", "RUNNING|None|2026-01-02T03:04:05|11\nPENDING|Priority|N/A|12")
+    slurm.say("sacct", "13|TIMEOUT|0:0")
+    states, silence = queue.states_of(runs)
+    assert [state.name for state in states] == ["RUNNING", "PENDING", "TIMEOUT", "COMPLETED"] and silence is None
+    assert [line.split()[0] for line in slurm.asked()] == ["squeue", "sacct"]
+    assert "--jobs=11,12,13 " in f"{slurm.asked()[0]} " and "--jobs=13 " in slurm.asked()[1]
+
+
+def test_an_arrays_jobs_are_told_apart_in_one_answer(slurm: Slurm, tmp_path: Path) -> None:
+    parent = make(tmp_path, 7)
+    rundir.write_json(parent.submitted, {"slurm_job_id": 7, "submitted": 0, "array": 11})
+    for index in range(11):
+        child = parent.child(str(index)).make()
+        rundir.write_json(child.plan, {})
+        rundir.write_json(child.submitted, {"slurm_job_id": 7, "array_index": index})
+    slurm.say("squeue", "\n".join(f"{'RUNNING' if i == 10 else 'COMPLETED'}|None|N/A|7_{i}" for i in range(11)))
+    runs = [parent, *queue.children(parent)]
+    assert [run.id.rpartition("/")[2] for run in runs[1:]] == [str(index) for index in range(11)]
+    states, _ = queue.states_of(runs)
+    assert [state.name for state in states] == ["RUNNING", *["COMPLETED"] * 10, "RUNNING"]
+    assert len(slurm.asked()) == 1
+
+
+def test_silence_leaves_what_is_known(slurm: Slurm, tmp_path: Path) -> None:
+    waits, runs, done = (make(tmp_path, job_id) for job_id in (1, 2, 3))
+    runs.log(0).touch()
+    batch.close_run(done, 0)
+    slurm.say("squeue", err="slurm_load_jobs error: Unable to contact slurm controller", code=1)
+    states, silence = queue.states_of([waits, runs, done])
+    assert [state.name for state in states] == ["PENDING", "RUNNING", "COMPLETED"]
+    assert [state.is_final for state in states] == [False, False, True]
+    assert isinstance(silence, ServiceSilent) and len(slurm.asked()) == 1
+    assert "as last known" in states[0].reason
+
+
+def test_no_live_run_asks_nobody(slurm: Slurm, tmp_path: Path) -> None:
+    done = make(tmp_path, 1)
+    batch.close_run(done, 0)
+    assert queue.states_of([done, make(tmp_path, None)])[1] is None
+    assert slurm.asked() == []
 
 
 # ------------------------------------------------------------------ Slurm has forgotten the job
@@ -334,11 +427,66 @@ def test_logs_in_order_and_only_a_runs_own(run: RunDir) -> None:
         run.log(rank).touch()
     (run.logs / "slurm-7.out").touch()
     child = run.child("v").make()
+    rundir.write_json(child.plan, {})
     child.log(0).touch()
     (run.code / "logs").mkdir(parents=True)
     (run.code / "logs" / "out.0.txt").touch()
     names = [str(path.relative_to(run.path)) for path in queue.log_paths(run)]
     assert names == ["logs/slurm-7.out", "logs/out.0.txt", "logs/out.2.txt", "logs/out.10.txt", "v/logs/out.0.txt"]
+
+
+def test_variants_are_in_the_comparisons_order(run: RunDir) -> None:
+    names = ["two", "ten", "one"]
+    rundir.write_json(run.plan, {"work": "comparison", "target": names})
+    for name in names:
+        child = run.child(name).make()
+        rundir.write_json(child.plan, {})
+        child.log(0).touch()
+    assert [child.id.rpartition("/")[2] for child in queue.children(run)] == names
+    assert [path.parent.parent.name for path in queue.log_paths(run)] == names
+
+
+def test_progress_reads_only_what_is_new(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(run.event_file(0, 0, "rank"))
+    for step in range(20_000):
+        journal.metric(step, {"loss": 0.5})
+        if step == 100:
+            journal.write("progress", done=1, total=5, unit="epoch", text="epoch 1/5")
+    assert queue.progress(run) == "epoch 1/5"
+    read = 0
+    pread = os.pread
+
+    def counted(descriptor: int, length: int, offset: int) -> bytes:
+        nonlocal read
+        read += length
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert queue.progress(run) == "epoch 1/5" and read == 0
+    journal.write("progress", done=2, total=5, unit="epoch", text="epoch 2/5")
+    assert queue.progress(run) == "epoch 2/5" and 0 < read < 1000
+
+
+@pytest.mark.parametrize("padding", [0, 1, 1000, *range(130_960, 131_060, 10), 262_144, 600_000])
+def test_progress_is_found_wherever_blocks_end(run: RunDir, padding: int) -> None:
+    path = run.event_file(0, 0, "rank")
+    record = '{"t":1,"kind":"progress","done":2,"total":5,"unit":"epoch","text":"epoch 2/5"}\n'
+    other = '{"t":1,"kind":"message","level":"info","text":"' + "x" * padding + '"}\n'
+    path.write_text(other + record + other * 2 + '{"t":1,"kind":"progress","done":3,"to')
+    assert queue.progress(run) == "epoch 2/5", "the torn line at the end is no record"
+    with path.open("a") as file:
+        file.write('tal":5,"unit":"epoch","text":"epoch 3/5"}\n')
+    assert queue.progress(run) == "epoch 3/5"
+
+
+def test_progress_is_of_the_newest_restart(run: RunDir) -> None:
+    for restart, done in ((0, 4), (2, 3), (10, 1)):
+        text = f"epoch {done}/5"
+        Journal(run.event_file(0, restart, "rank")).write("progress", done=done, total=5, unit="epoch", text=text)
+    assert queue.progress(run) == "epoch 1/5"
+
+
+# ------------------------------------------------------------------ following logs
 
 
 def test_following_yields_whole_lines_and_the_last_half_at_the_end(run: RunDir) -> None:
@@ -354,3 +502,78 @@ def test_following_yields_whole_lines_and_the_last_half_at_the_end(run: RunDir) 
     script = steps()
     got = [(path.name, line) for path, line in queue.follow(run, lambda: next(script), poll_s=0)]
     assert got == [("out.0.txt", "one"), ("out.0.txt", "two"), ("out.1.txt", "\ufffd \ufffd")]
+
+
+def new(follower: queue.Follower, *, whole: bool = False) -> list[str]:
+    return [f"{path.name.split('.')[1]} {line}" for path, line in follower.new(whole=whole)]
+
+
+def append(path: Path, text: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(text)
+
+
+def test_a_progress_bar_comes_as_its_last_state(run: RunDir) -> None:
+    follower = queue.Follower(run)
+    append(run.log(0), b"".join(b"\r%d%%|####" % done for done in range(50)))
+    assert new(follower) == []
+    append(run.log(0), b"\r99%|####\r100%|####\nnext\r\n")
+    assert new(follower) == ["0 100%|####", "0 next"]
+    append(run.log(0), b"10%\r20%\r")
+    assert new(follower) == []
+    assert new(follower, whole=True) == ["0 20%"]
+    assert list(queue.lines_of(run.log(0))) == ["100%|####", "next", "20%"]
+
+
+def test_a_character_that_is_written_in_two_pieces(run: RunDir) -> None:
+    follower, text = queue.Follower(run), "火\n".encode()
+    for byte in (text[i : i + 1] for i in range(len(text))):
+        assert new(follower) == []
+        append(run.log(0), byte)
+    assert new(follower) == ["0 火"]
+
+
+def test_ranks_that_appear_later_and_logs_that_are_replaced(run: RunDir) -> None:
+    follower = queue.Follower(run)
+    append(run.log(0), b"first\nhalf")
+    assert new(follower) == ["0 first"]
+    run.log(0).unlink()
+    append(run.log(0), b"a new file that is longer than the old one\n")
+    append(run.log(10), b"ten\n")
+    append(run.log(2), b"two\n")
+    assert new(follower) == ["0 half", "0 a new file that is longer than the old one", "2 two", "10 ten"]
+    run.log(2).write_bytes(b"cut\non\n")  # the same file again, longer; then one that is shorter
+    os.truncate(run.log(10), 0)
+    assert new(follower) == ["2 cut", "2 on"]
+    append(run.log(10), b"x\n")
+    assert new(follower) == ["10 x"]
+    assert new(follower) == [] == new(follower, whole=True)
+
+
+def test_a_log_that_vanishes_or_cant_be_read_ends_nothing(run: RunDir) -> None:
+    run.log(0).mkdir()
+    append(run.log(1), b"one\n")
+    assert new(queue.Follower(run)) == ["1 one"]
+    assert list(queue.lines_of(run.log(5))) == []
+
+
+def test_following_while_real_processes_write(run: RunDir) -> None:
+    """Every line of three writers arrives whole and in order, whatever the pieces."""
+    count = 400
+
+    def write(rank: int) -> None:
+        with run.log(rank).open("ab", buffering=0) as file:
+            for number in range(count):
+                line = f"{rank}:{number}:{'x' * (number % 90)}\n".encode()
+                cut = (number * 7) % len(line)
+                file.write(line[:cut])
+                file.write(line[cut:])
+
+    writers = [threading.Thread(target=write, args=(rank,)) for rank in range(3)]
+    for writer in writers:
+        writer.start()
+    got: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    for _, line in queue.follow(run, lambda: not any(w.is_alive() for w in writers), poll_s=0.001):
+        got[int(line.split(":")[0])].append(line)
+    for rank, lines in got.items():
+        assert lines == [f"{rank}:{number}:{'x' * (number % 90)}" for number in range(count)]

@@ -60,6 +60,7 @@ def test_an_unknown_site_names_the_known(name: str) -> None:
         ("modules = [1]\n", "modules = [1] has the wrong type"),
         ("cluster_names = ['a', 2]\n", "wrong type"),
         ("scheduler = 'pbs'\n", "scheduler = 'pbs'"),
+        ("delivery = 'never'\n", "auto, job, login"),
         ("limits = 3\n", "limits = 3 is not a table"),
         ("[limits]\ngpus = 3\n", "unknown key 'limits.gpus'"),
         ("[limits]\nnodes = -1\n", "limits.nodes = -1 is not a whole number"),
@@ -130,3 +131,24 @@ def test_an_unset_variable_is_an_error_that_names_it(tmp_path: Path, monkeypatch
     with pytest.raises(HpcmlError) as error:
         sites.expand("$LUSTRE/$EMPTY/runs", "site ft3: runs", tmp_path)
     assert "site ft3: runs" in str(error.value) and "$LUSTRE, $EMPTY" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("delivery", "address", "by_job"),
+    [
+        ("auto", "sqlite:////home/a/mlflow.db", False),
+        ("auto", "https://mlflow.example.org", True),
+        ("auto", "http://127.0.0.1:5000", True),
+        ("auto", "postgresql://host/db", False),
+        ("job", "postgresql://host/db", True),
+        ("job", "sqlite:////home/a/mlflow.db", False),
+        ("login", "https://mlflow.example.org", False),
+    ],
+)
+def test_who_delivers_a_run_while_it_goes_on(delivery: str, address: str, by_job: bool) -> None:
+    assert sites.Site("x", delivery=delivery).delivers_in_job(address) == by_job
+
+
+def test_compute_nodes_without_a_network_deliver_nothing() -> None:
+    assert sites.load("ft3").delivery == "login"
+    assert sites.load("local").delivery == sites.load("generic").delivery == "auto"

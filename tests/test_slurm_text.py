@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ SCONTROL_JOB = (
     "Licenses=(null) Network=(null) Command=(null) WorkDir={} StdErr=/p/slurm-3.out StdIn=/dev/null "
     "StdOut=/p/slurm-3.out Power= TresPerNode=gres:gpu:2 \n"
 )
+BEGAN = time.mktime((2026, 11, 22, 7, 49, 50, 0, 0, -1))
+SCONTROL_STATE = JobState("FAILED", "JobLaunchFailure", 137, "scontrol", BEGAN, 0)
 SCONTROL_NODES = (
     "NodeName=gpu01 Arch=x86_64 CoresPerSocket=32  CPUAlloc=1 CPUEfctv=64 CPUTot=64 CPULoad=1.28 "
     "AvailableFeatures=(null) ActiveFeatures=(null) Gres=gpu:a100:2 NodeAddr=10.0.0.1 NodeHostName=vm Port=26016 "
@@ -124,6 +127,27 @@ def test_squeue(line: str, expected: JobState | None) -> None:
     assert got == (expected or JobState("PENDING", "ReqNodeNotAvail, UnavailableNodes:gpu[01-02]", None, "squeue"))
 
 
+def test_squeue_with_times_and_ids() -> None:
+    assert text.squeue_line("RUNNING|None|2026-11-22T07:49:50|7") == JobState("RUNNING", "", None, "squeue", BEGAN)
+    assert text.squeue_line("PENDING|Priority|N/A|7").start is None
+    printed = "RUNNING|None|2026-11-22T07:49:50|7\nPENDING|Dependency|N/A|8_0\nsomething else\n"
+    jobs = text.squeue_jobs(printed)
+    assert {key: job.state for key, job in jobs.items()} == {"7": "RUNNING", "8_0": "PENDING"}
+    assert jobs["8_0"].reason == "Dependency" and jobs["8_0"].waiting and not jobs["7"].waiting
+
+
+@pytest.mark.parametrize("words", ["N/A", "", "Unknown", "2026-11-22", "9999999999999-01-01T00:00:00"])
+def test_what_is_no_moment(words: str) -> None:
+    assert text.moment(words) is None
+
+
+def test_sacct_for_many() -> None:
+    jobs = text.sacct_jobs("7|CANCELLED by 0|0:0\n8_3|FAILED|3:0\nbanner\n")
+    assert {key: (job.state, job.exit_code) for key, job in jobs.items()} == {
+        "7": ("CANCELLED", 0), "8_3": ("FAILED", 3),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("line", "state", "code"),
     [
@@ -141,7 +165,7 @@ def test_sacct(line: str, state: str, code: int) -> None:
 
 
 def test_scontrol_show_job() -> None:
-    assert text.scontrol_job(SCONTROL_JOB.format("/p")) == JobState("FAILED", "JobLaunchFailure", 137, "scontrol")
+    assert text.scontrol_job(SCONTROL_JOB.format("/p")) == SCONTROL_STATE
     fields = text.pairs(SCONTROL_JOB.format("/home/x y/p"))
     assert (fields["JobName"], fields["WorkDir"]) == ("a b", "/home/x y/p")
     assert (fields["SubmitTime"], fields["TimeLimit"]) == ("2026-11-22T07:49:48", "1-00:00:00")
@@ -165,6 +189,15 @@ def test_sinfo_as_it_prints() -> None:
     main, short = text.partitions(printed)
     assert main == Partition("main", True, 3, 64, 500, "1-00:00:00", 2, "a100")
     assert short == Partition("short", False, 3, 64, 500, "30:00", 2, "a100")
+
+
+@pytest.mark.parametrize("line", ["Welcome to the cluster!", "m|up|many|8|8000|1:00|(null)|m", "m|up|1|8|8000|1:00|m"])
+def test_a_line_that_is_not_sinfos_is_named(line: str) -> None:
+    good = "m|up|1|8|8000|1:00|(null)|m*"
+    with pytest.raises(HpcmlError, match="not one of its own") as error:
+        text.partitions(f"{good}\n{line}\n")
+    assert repr(line) in str(error.value) and "fix: " in str(error.value)
+    assert len(text.partitions(f"\n{good}\n\n")) == 1
 
 
 def test_the_lines_of_one_partition_are_one() -> None:
@@ -277,7 +310,7 @@ def test_the_ladder_is_climbed_in_order(stub: Path) -> None:
     say(stub, "squeue", err=INVALID, code=1)
     assert commands.job_state(1) == JobState("TIMEOUT", "", 0, "sacct")
     say(stub, "scontrol", SCONTROL_JOB.format("/p"))
-    assert commands.job_state(1) == JobState("FAILED", "JobLaunchFailure", 137, "scontrol")
+    assert commands.job_state(1) == SCONTROL_STATE
     say(stub, "squeue", "RUNNING|None\n")
     assert commands.job_state(1) == JobState("RUNNING", "", None, "squeue")
 
@@ -294,3 +327,11 @@ def test_a_refusal_is_in_slurms_own_words(stub: Path, tmp_path: Path) -> None:
         commands.submit(tmp_path / "s", dict(os.environ), tmp_path)
     say(stub, "sbatch", "42;zeus\n")
     assert commands.submit(tmp_path / "s", dict(os.environ), tmp_path) == 42
+
+
+def test_an_id_below_a_wrappers_banner(stub: Path, tmp_path: Path) -> None:
+    say(stub, "sbatch", "Your project has 12 hours left\n42\n")
+    assert commands.submit(tmp_path / "s", dict(os.environ), tmp_path) == 42
+    say(stub, "sbatch", "Submitted!\n")
+    with pytest.raises(HpcmlError, match="printed no job id: 'Submitted!'"):
+        commands.submit(tmp_path / "s", dict(os.environ), tmp_path)

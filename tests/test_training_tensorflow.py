@@ -15,6 +15,7 @@ import pytest
 
 from hpcml.errors import HpcmlError
 from hpcml.tracking import journal
+from hpcml.training import recorder
 from hpcml.training.tensorflow import Expected, advice, check_replicas, expected_replicas
 
 ORIGINAL = Expected("original")
@@ -226,9 +227,23 @@ def test_each_epoch_is_recorded_as_keras_measured_it(legacy):
     metrics, history = legacy.metrics("mirrored"), legacy["mirrored"]["history"]
     assert list(metrics) == [0, 1, 2]
     for epoch in (1, 2):
-        for name in ("loss", "accuracy", "val_loss", "val_accuracy", "samples_per_s"):
+        for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
             assert metrics[epoch][name] == pytest.approx(history[name][epoch - 1])
     assert metrics[1]["lr"] == pytest.approx(0.01)
+
+
+def test_the_speed_that_keras_prints_is_rounded_and_the_recorded_one_is_not(legacy, keras_3):
+    for told, scene in ((legacy, "mirrored"), (keras_3, "original")):
+        for epoch, shown in enumerate(told[scene]["history"]["samples_per_s"], 1):
+            assert shown == pytest.approx(told.metrics(scene)[epoch]["samples_per_s"], rel=1e-3)
+            assert shown == float(f"{shown:.4g}") or shown == round(shown)
+
+
+@pytest.mark.parametrize(
+    ("speed", "shown"), [(12345.678, 12346.0), (999.96, 1000.0), (123.456, 123.5), (0.123456, 0.1235), (0.0, 0.0)]
+)
+def test_a_speed_keeps_the_digits_that_mean_something(speed, shown):
+    assert recorder._readable(speed) == shown
 
 
 def test_speed_follows_from_the_global_batch(legacy):
@@ -289,6 +304,7 @@ def test_keras_3_is_recorded_as_well(keras_3):
     values, history = keras_3.metrics("original")[2], keras_3["original"]["history"]
     assert values["val_loss"] == pytest.approx(history["val_loss"][1])
     assert values["samples_per_s"] * values["epoch_time_s"] == pytest.approx(40)
+    assert "profiled_steps" not in values
     assert keras_3.metrics("original")[0]["time_to_first_step_s"] > 0
 
 

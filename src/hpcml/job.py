@@ -22,6 +22,7 @@ KERAS_FLAVOURS = ("legacy", "3")
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 WORK_KEYS = ("notebook", "script", "command")
 MOST = 10**9  # of anything that is counted
+LONGEST_PROFILE = 200  # steps: a profile holds every operation of each of them
 
 # Slurm's forms (sbatch(1), --time): minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 _TIME = re.compile(
@@ -82,6 +83,7 @@ class Job:
         target: path of the notebook or script relative to ``project``; a command's words; a function's name.
         project: the folder that paths are relative to and that is snapshotted.
         path: the job file, None for a job made in Python.
+        profile: first and last step to profile, from 1 over the whole training, both included; None for no profile.
         typed: ``-p`` values as typed that replace nothing in the job file: the work's own default may give their type.
         origins: for each dotted key, where its value came from.
     """
@@ -99,6 +101,7 @@ class Job:
     params: Mapping[str, Scalar] = field(default_factory=dict)
     slurm: SlurmOptions = SlurmOptions()
     env: Environment = Environment()
+    profile: tuple[int, int] | None = None
     typed: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -180,6 +183,7 @@ def from_tree(
         params=check.params(check.table(tree, "params")),
         slurm=_slurm(check, check.table(tree, "slurm")),
         env=_environment(check, check.table(tree, "env")),
+        profile=_profile(check, tree),
         typed=dict(typed or {}),
         origins=dict(origins),
     )
@@ -482,3 +486,29 @@ def _environment(check: _Checker, table: Mapping[str, Any]) -> Environment:
         modules=check.strings(table, "modules", "env."),
         vars=dict(variables),
     )
+
+
+def _profile(check: _Checker, tree: Mapping[str, Any]) -> tuple[int, int] | None:
+    if "profile" not in tree:
+        return None
+    table = check.table(tree, "profile")
+    check.unknown(table, {"steps"}, "profile.")
+    if not isinstance(tree["profile"], dict) or (table and "steps" not in table):
+        return None  # told already
+    steps = table.get("steps")
+    origin = check.origins.get("profile.steps", check.origins.get("profile", "profile"))
+    window = steps if isinstance(steps, list) and all(type(step) is int for step in steps) else []
+    if len(window) != 2 or not 1 <= window[0] <= MOST or window[1] > MOST:
+        what = (
+            "profile.steps is missing" if steps is None else f"profile.steps = {steps!r} is not a first and a last step"
+        )
+        check.add(what, origin, "two whole numbers from 1, such as [10, 20]", "leave [profile] out for no profile")
+        return None
+    first, last = window
+    if last < first:
+        what = f"profile.steps = {steps!r} ends before it begins"
+        check.add(what, origin, "the first step, then the last", f"[{last}, {first}]" if last > 0 else "")
+    elif last - first >= LONGEST_PROFILE:
+        what = f"profile.steps = {steps!r} is {last - first + 1:,} steps long; a profile grows with each of them"
+        check.add(what, origin, f"at most {LONGEST_PROFILE} steps", f"[{first}, {first + 10}]")
+    return first, last

@@ -37,6 +37,7 @@ class Plan:
         params: set by the job or ``-p``; ``defaults``: the work's own for the rest.
         inject: whether params go into a cell of the work's copy (else ``--key value``).
         notes: what a person should be told once, such as a capped value.
+        profile: first and last training step to profile, counted from 1; None for no profile.
         origins: for each dotted key, where its value came from.
     """
 
@@ -65,6 +66,7 @@ class Plan:
     inject: bool
     notes: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
+    profile: tuple[int, int] | None = None
 
     @property
     def tasks(self) -> int:
@@ -93,6 +95,9 @@ def from_json(data: Mapping[str, Any]) -> Plan:
     values["env"] = Environment(**{**data["env"], "modules": tuple(data["env"]["modules"])})
     for key in ("target", "notes"):
         values[key] = tuple(data[key])
+    values["profile"] = (
+        tuple(data["profile"]) if data.get("profile") else None
+    )  # plans of before profiles have no such key
     return Plan(**{f.name: values[f.name] for f in dataclasses.fields(Plan)})
 
 
@@ -150,6 +155,7 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
         inject=facts.declared is not None,
         notes=tuple(notes),
         origins=origins,
+        profile=job.profile,
     )
 
 

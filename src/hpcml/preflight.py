@@ -74,12 +74,8 @@ def doctor(site_name: str | None) -> list[Finding]:
         f"{gpus} NVIDIA GPUs on this machine" if gpus else "no NVIDIA GPU on this machine: virtual CPU devices stand in"
     )
     found.append(Finding("gpu", "note", seen))
-    found.append(
-        Finding("git", "good", "snapshots hold what git tracks and uncommitted edits")
-        if shutil.which("git")
-        else Finding("git", "bad", "git is not on PATH: snapshots copy the whole folder", "install git")
-    )
-    return [*found, *_folders(site, project_of(Path.cwd() / "job.toml"))]
+    project = project_of(Path.cwd() / "job.toml")
+    return [*found, _git(project), *_folders(site, project)]
 
 
 def detect(cluster_name: str, partitions: Sequence[text.Partition]) -> str:
@@ -138,7 +134,27 @@ def _queue_health(site: sites.Site) -> Finding:
     except ServiceSilent as error:
         verdict = "silent" if site.scheduler == "slurm" else "note"
         return Finding("slurm", verdict, str(error.problems[0].what), error.problems[0].fix)
+    except HpcmlError as error:
+        return Finding("slurm", "bad", str(error.problems[0].what), error.problems[0].fix)
     return Finding("slurm", "good", f"cluster {commands.cluster_name()}, partitions {', '.join(names)}")
+
+
+def _git(project: Path) -> Finding:
+    """What a snapshot of the project will hold: without git it is a copy of the whole folder."""
+    if not shutil.which("git"):
+        return Finding("git", "bad", "git is not on PATH: snapshots copy the whole folder", "install git")
+    words = ["git", "-C", str(project), "rev-parse", "--is-inside-work-tree"]
+    try:
+        english = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False, env=english)
+    except (OSError, subprocess.TimeoutExpired):
+        return Finding("git", "bad", f"git gives no answer in {project}", "see what git status says there")
+    if done.returncode == 0 and done.stdout.strip() == "true":
+        return Finding("git", "good", "snapshots hold what git tracks and uncommitted edits")
+    if "not a git repository" not in done.stderr and done.returncode:  # such as "dubious ownership"
+        words_of_git = (done.stderr.strip().splitlines() or ["it failed"])[0]
+        return Finding("git", "bad", f"{project}: {words_of_git}", "see what git status says there")
+    return Finding("git", "note", f"{project} is no git repository: snapshots copy the whole folder", "git init there")
 
 
 def _request(plan: Plan) -> str:

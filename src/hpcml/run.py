@@ -15,16 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import facts, rundir
+from . import rundir
 from . import site as sites
 from .errors import HpcmlError
-from .job import NAME_PATTERN, Environment, Scalar, SlurmOptions, project_of
-from .node import batch, bootstrap
+from .job import Scalar, project_of
+from .node import batch, bootstrap, exits, session
 from .node.devices import Devices
 from .node.topology import Topology
-from .plan import NEVER_CHECKED, Plan, from_json
+from .plan import NEVER_CHECKED, from_json
 from .rundir import RunDir
 from .slurm import commands
+from .tracking import journal, provenance
 from .tracking.journal import Journal
 
 TENSORFLOW_STRATEGIES = ("original", "mirrored", "multiworker")
@@ -48,6 +49,7 @@ class Run:
         devices: the devices of this rank.
         params: the job's parameters laid over the work's defaults.
         precision: Keras's mixed precision policy.
+        profile: the first and last step to profile.
         bare: whether no worker started it; it then writes its own end marker.
     """
 
@@ -59,17 +61,51 @@ class Run:
     precision: str
     bare: bool
     journal: Journal
+    profile: tuple[int, int] | None = None
     began: float = field(default_factory=time.perf_counter)
     started: float = field(default_factory=time.time)
     finished: bool = False
+    _capture: contextlib.AbstractContextManager[None] | None = None
 
-    def log(self, step: int, **metrics: float) -> bool:
+    def log(self, /, step: int, **metrics: float) -> bool:
         """Record metrics of a step in the run's journal; returns False where they could not be kept. Never raises."""
-        try:
-            return self.journal.metric(step, metrics)
-        except (TypeError, ValueError) as error:
-            print(f"hpcml: warning: not recorded: {error}", file=sys.stderr)
-            return False
+        return self.journal.metric(step, metrics)
+
+    def capture_mlflow(self) -> contextlib.AbstractContextManager[None]:
+        """Turn ``mlflow.log_metric`` and its like to the run's journal: from now to the run's end, or for a ``with``.
+
+        Scripts that log with MLflow's fluent API stay as they are, and training waits for no server: the journal is
+        delivered to MLflow like everything else of the run. Files of ``log_artifact`` are copied to the run's
+        directory. What can't be captured (models, figures, autologging) is left out, said once. ``MlflowClient`` is
+        left alone.
+
+        Raises:
+            HpcmlError: MLflow is not installed, or the run has ended.
+        """
+        if self.finished:
+            raise HpcmlError(f"run {self.dir.id} has ended", fix="run = hpcml.begin(), then run.capture_mlflow()")
+        if self._capture is not None:
+            return contextlib.nullcontext()  # the first one decides when it ends
+        from .tracking import capture
+
+        files = self.dir.artifacts
+        if self.topology.rank:
+            files /= f"rank_{self.topology.rank}"
+        captured = capture.Capture(self.journal, self.dir.id, files, on_end=lambda: setattr(self, "_capture", None))
+        self._capture = captured
+        return captured
+
+    def log_model(self, model: Any, example: Any = None, flavor: str | None = None) -> bool:
+        """Save a trained model with its signature into the run; all ranks call it, rank 0 writes. Never raises.
+
+        Args:
+            model: of Keras, torch, or anything with ``predict`` that MLflow has a flavour for.
+            example: a few rows of input, for the signature.
+            flavor: of MLflow, where it can't be told from the model.
+        """
+        from .tracking import models
+
+        return models.log(self.dir, self.journal, self.topology.rank, model, example, flavor)
 
     def callbacks(self, global_batch: int | None = None) -> list[Any]:
         """Return the Keras callbacks of this run, for ``model.fit(callbacks=…)``.
@@ -90,29 +126,40 @@ class Run:
         from .training import tensorflow
 
         return tensorflow.callbacks(
-            self.journal, self._expected(), global_batch=batch_size, began=self.began, rank=self.topology.rank
-        )
+            self.journal, self._expected(), global_batch=batch_size, began=self.began, rank=self.topology.rank,
+            profile=self.profile, folder=self.dir.profile,
+        )  # fmt: skip
 
     def finish(self, state: str = "COMPLETED", reason: str = "") -> None:
         """End the run. A bare run writes its end marker and delivers to MLflow; under hpcml the worker does both."""
+        self._end(state, reason, 0 if state == "COMPLETED" else 1)
+
+    def _end(self, state: str, reason: str, exit_code: int) -> None:
         global _current
         if self.finished:
             return
         self.finished = True
+        if self._capture is not None:
+            self._capture.__exit__(None, None, None)
         self.journal.write("finish", state=state, reason=reason)
         self.journal.close()
         _current = None if _current is self else _current
-        if self.bare:
-            if state == "COMPLETED" and self.strategy and not self._was_checked():
-                state, reason = "FAILED", NEVER_CHECKED.format(strategy=self.strategy)
-                print(f"hpcml: {reason}", file=sys.stderr, flush=True)
-            self._mark(state, reason)
-            if self.topology.rank == 0:
-                _deliver(self.dir)
+        if not self.bare:
+            return
+        exits.unwatch()
+        if state == "COMPLETED" and self.strategy and not self._was_checked():
+            exit_code, reason = 1, NEVER_CHECKED.format(strategy=self.strategy)
+            print(f"hpcml: {reason}", file=sys.stderr, flush=True)
+        try:
+            self._mark(exit_code, reason)
+        except OSError as error:
+            print(f"hpcml: warning: the run has no end marker: {error}", file=sys.stderr, flush=True)
+        if self.topology.rank == 0:
+            _deliver(self.dir)
 
     def _was_checked(self) -> bool:
         rank = self.topology.rank
-        return any(r["kind"] == "replicas" and r["rank"] == rank for r in _records(self.dir))
+        return any(r["rank"] == rank for r in _records(self.dir, "replicas"))
 
     def _expected(self) -> Any:
         from .training import tensorflow
@@ -127,14 +174,15 @@ class Run:
             virtual_devices=max(1, self.devices.virtual),
         )
 
-    def _mark(self, state: str, reason: str) -> None:
-        code = 0 if state == "COMPLETED" else 1
-        rank = {"rank": self.topology.rank, "exit_code": code, "reason": reason, "restart": _restart()}
-        mine = (r for r in _records(self.dir) if r["kind"] == "replicas" and r["rank"] == self.topology.rank)
+    def _mark(self, code: int, reason: str) -> None:
+        number = self.topology.rank
+        rank = {"rank": number, "exit_code": code, "reason": reason, "restart": _restart()}
+        mine = (r for r in _records(self.dir, "replicas") if r["rank"] == number)
         replicas = next((r["in_sync"] for r in mine), None)
-        times = {"started": self.started, "ended": time.time()}
-        rundir.write_json(self.dir.status_of(self.topology.rank), {**rank, "replicas_in_sync": replicas, **times})
-        if self.topology.rank == 0:
+        lost = journal.lost(self.dir.events, number, _restart()) + self.journal.untold
+        ended = {"replicas_in_sync": replicas, "lost": lost, "started": self.started, "ended": time.time()}
+        rundir.write_json(self.dir.status_of(number), {**rank, **ended})
+        if number == 0:
             missing = self._wait_for_others()
             marker = batch.close_run(self.dir, code)
             if missing:
@@ -212,20 +260,21 @@ def _under_worker(strategy: str | None, prepared: bootstrap.Bootstrap) -> Run:
             fix="make them agree",
         )
     rank = prepared.topology.rank
-    journal = Journal(run_dir.event_file(rank, _restart(), "rank"))
-    _record_facts(journal, prepared)
+    writer = Journal(run_dir.event_file(rank, _restart(), "rank"))
+    _record_facts(writer, prepared)
+    atexit.register(writer.close)  # work that never calls finish()
     chosen = plan.strategy or strategy
     return Run(
-        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, False, journal
+        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, False, writer
     )
 
 
 def _bare(strategy: str | None) -> Run:
     """A run that nobody prepared: ipython, JupyterLab, a bare srun, torchrun."""
     where, _ = sites.choose(None, commands.cluster_name())
-    script = _script()
+    script = session.script()
     folder = project_of(script if script else Path.cwd() / "session.py")
-    decided = _session_plan(strategy, where, script, folder)
+    decided = session.plan_of(strategy, where, script, folder)
     prepared = bootstrap.prepare(os.environ, strategy, decided.keras)
     os.environ.update({k: v for k, v in prepared.variables.items() if k != bootstrap.HANDOVER})
     place = prepared.topology
@@ -233,86 +282,59 @@ def _bare(strategy: str | None) -> Run:
     if place.world == 1:
         run_dir = rundir.create(root, decided.name)
     else:
-        run_dir = rundir.adopt(root, _shared_id(root, decided.name, place))
+        run_dir = rundir.adopt(root, session.shared_id(root, decided.name, place, _restart(), len(_BEGUN)))
     if place.rank == 0:
         rundir.write_json(run_dir.plan, decided.to_json())
+        provenance.record(run_dir, decided)
         rundir.claim(run_dir)
         if os.environ.get("SLURM_JOB_ID"):
             rundir.write_json(
                 run_dir.submitted, {"slurm_job_id": int(os.environ["SLURM_JOB_ID"]), "submitted": time.time()}
             )
     print(f"hpcml: run {run_dir.id} · {strategy or 'no strategy'} · {prepared.describe()}", flush=True)
-    journal = Journal(run_dir.event_file(place.rank, _restart(), "rank"))
-    _record_facts(journal, prepared)
-    run = Run(run_dir, strategy, place, prepared.devices, decided.effective_params, decided.precision, True, journal)
-    atexit.register(_finish_at_exit, run, getattr(sys, "last_value", None))
+    writer = Journal(run_dir.event_file(place.rank, _restart(), "rank"))
+    _record_facts(writer, prepared)
+    run = Run(run_dir, strategy, place, prepared.devices, decided.effective_params, decided.precision, True, writer)
+    exits.watch()
+    atexit.register(_finish_at_exit, run, getattr(sys, "last_value", None), os.getpid())
     return run
 
 
-def _session_plan(strategy: str | None, where: sites.Site, script: Path | None, folder: Path) -> Plan:
-    """Describe a bare run by what can be known of it, so that every run directory reads alike."""
-    name = script.stem if script and NAME_PATTERN.fullmatch(script.stem) else "session"
-    declared = facts.declared_parameters(script) if script and script.suffix == ".py" else None
-    cores = len(os.sched_getaffinity(0))
-    return Plan(
-        name=name, site=where.name, scheduler=where.scheduler, work="session",
-        target=(os.path.relpath(script, folder),) if script else (), project=str(folder), job_file=None,
-        strategy=strategy, keras="legacy", precision="float32", experiment=name,
-        nodes=int(os.environ.get("SLURM_STEP_NUM_NODES", "1")), gpus_per_node=0,
-        tasks_per_node=1, cpus_per_task=int(os.environ.get("SLURM_CPUS_PER_TASK") or cores),
-        mem_gb=None, time_s=0, gres=None, slurm=SlurmOptions(), env=Environment(), params={},
-        defaults=declared.defaults if declared else {}, inject=False, notes=(), origins={},
-    )  # fmt: skip
+def _record_facts(writer: Journal, prepared: bootstrap.Bootstrap) -> None:
+    writer.write(
+        "params",
+        values={
+            **prepared.facts(),
+            **provenance.node_facts(os.environ, prepared.devices.gpus),
+            "python": sys.version.split()[0],
+            "host": os.uname().nodename,
+        },
+    )
 
 
-def _script() -> Path | None:
-    """The file being run, also by ipython; None in a notebook or at a prompt."""
-    main = sys.modules.get("__main__")
-    name = getattr(main, "__file__", None) or (sys.argv[0] if sys.argv[0].endswith(".py") else None)
-    if name is None or "ipykernel" in sys.modules:
-        return None
-    if Path(name).name in ("ipython", "ipython3"):
-        name = next((word for word in sys.argv[1:] if word.endswith((".py", ".ipy"))), None)
-    return Path(name).absolute() if name and Path(name).is_file() else None
-
-
-def _shared_id(root: Path, name: str, place: Topology) -> str:
-    """The same id on every rank: the job's id and step with the time of submission, else the starter's own run id."""
-    nth = f"-{len(_BEGUN) + 1}" if _BEGUN else ""
-    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "0")
-    if os.environ.get("HPCML_RUN"):  # under hpcml, after the run that the worker prepared
-        return f"{os.environ['HPCML_RUN'].replace('/', '-')}{nth}"
-    if job:
-        ending = f"-{name}-j{job}.{step}{nth}"
-        earlier = sorted(root.glob(f"*{ending}")) if _restart() else []  # a requeue changes the time of submission
-        when = commands.job_fields(int(job)).get("SubmitTime", "").replace("-", "").replace("T", "-").replace(":", "")
-        return earlier[-1].name if earlier else f"{when or '00000000-000000'}{ending}"
-    parent = os.getppid()  # torchrun's agent or mpirun's daemon: one for all ranks of a node
-    when = time.strftime("%Y%m%d-%H%M%S", time.localtime(rundir.started_at(parent)))
-    return f"{when}-{name}-{place.source.replace(' ', '')}-{parent}{nth}"
-
-
-def _record_facts(journal: Journal, prepared: bootstrap.Bootstrap) -> None:
-    journal.write("params", values={**prepared.facts(), "python": sys.version.split()[0], "host": os.uname().nodename})
-
-
-def _records(run_dir: RunDir) -> list[dict[str, Any]]:
-    from .tracking import journal
-
-    return list(journal.read(run_dir.events))
+def _records(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
+    return list(journal.read(run_dir.events, kinds={kind}))
 
 
 def _restart() -> int:
     return int(os.environ.get("HPCML_RESTART") or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def _finish_at_exit(run: Run, before: BaseException | None) -> None:
-    """End a bare run with its process: FAILED where an exception came since ``begin()`` that nobody caught."""
-    if run.finished:
+def _finish_at_exit(run: Run, before: BaseException | None, pid: int) -> None:
+    """End a bare run with its process: FAILED where it exits with another code than 0.
+
+    That is an exception since ``begin()`` that nobody caught, or ``sys.exit``; ``raise SystemExit(3)`` goes unseen.
+    """
+    if run.finished or pid != os.getpid():  # a forked child's end is not the run's
         return
     error = getattr(sys, "last_value", None)
     if error is not None and error is not before:
         run.finish("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
+        return
+    code = exits.code()
+    status = code & 0xFF if isinstance(code, int) else int(code is not None)  # as Python's own end takes it
+    if status:
+        run._end("FAILED", str(code)[:300] if not isinstance(code, int) else f"exit code {status}", status)
     else:
         run.finish()
 

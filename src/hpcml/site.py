@@ -18,6 +18,7 @@ from .job import seconds
 
 BUILT_IN = Path(__file__).parent / "sites"
 SCHEDULERS = ("slurm", "local")
+DELIVERIES = ("auto", "job", "login")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Site:
         cores_per_gpu, mem_gb_per_gpu: what a job gets that does not say.
         runs, data, envs: folders, with environment variables in them.
         tracking: MLflow's address when ``MLFLOW_TRACKING_URI`` is not set.
+        delivery: who sends a run to MLflow while it goes on: the ``job`` itself, the person's side (``login``), or
+            ``auto``: see :meth:`delivers_in_job`.
         limits: for the whole site; ``partitions`` narrows them by partition.
     """
 
@@ -55,9 +58,21 @@ class Site:
     data: str = "$HPCML_PROJECT/data"
     envs: str = "$HOME/envs"
     tracking: str = "sqlite:///$HPCML_PROJECT/runs/mlflow.db"
+    delivery: str = "auto"
     limits: Limits = Limits()
     partitions: Mapping[str, Limits] = field(default_factory=dict)
     path: Path | None = None
+
+    def delivers_in_job(self, address: str) -> bool:
+        """Return whether a job sends its run to MLflow itself, while it goes on.
+
+        By ``auto`` it does where MLflow is a server (http, https). An SQLite file is written on the person's side only,
+        by one process at a time, whatever the site says: its locks don't hold across nodes
+        (https://www.sqlite.org/faq.html#q5).
+        """
+        if address.startswith("sqlite") or self.delivery == "login":
+            return False
+        return self.delivery == "job" or address.startswith(("http://", "https://"))
 
     def limits_of(self, partition: str | None) -> Limits:
         """Return the limits that hold in a partition: its own where it has some, else the site's."""
@@ -152,6 +167,8 @@ def _from_tree(path: Path, tree: Mapping[str, Any], name: str) -> Site:
             values[key] = value
     if tree.get("scheduler", "slurm") not in SCHEDULERS:
         problems.append(Problem(f"scheduler = {tree['scheduler']!r}", str(path), ", ".join(SCHEDULERS)))
+    if values.get("delivery", "auto") not in DELIVERIES:
+        problems.append(Problem(f"delivery = {tree['delivery']!r}", str(path), ", ".join(DELIVERIES)))
     if "{count}" not in values.get("gpu_request", "{count}"):
         what = f"gpu_request = {tree['gpu_request']!r} does not say how many GPUs"
         problems.append(Problem(what, str(path), '"gpu:{count}", or with a type "gpu:a100:{count}"'))

@@ -27,28 +27,34 @@ def compare_command(
     On this machine or inside an allocation they run here; on a cluster as one queued job of the largest request.
     """
     from .. import compare
+    from ..tracking import follow
 
     prepared = [prepare(path, site, dict(params), dict(settings)) for path in job_files]
     first = prepared[0]
     plans = [ready.plan for ready in prepared]
     parent = compare.parent_of(plans)
-    if first.site.scheduler == "slurm" and not os.environ.get("SLURM_JOB_ID"):
-        run, job_id = compare.submit(parent, plans, first.site)
-        jobs.announce(first, f"comparison {run.id}, job {job_id}", to_stderr=as_json)
-        try:
-            show.wait(run)
-        except KeyboardInterrupt:
-            click.echo(f"\nhpcml: no longer waiting; the job goes on. To cancel it: hpcml cancel {run.id}", err=True)
-            return INTERRUPTED
-    else:
+    here = first.site.scheduler != "slurm" or bool(os.environ.get("SLURM_JOB_ID"))
+    if here:
         run = compare.start_here(parent, plans, first.site)
         jobs.announce(first, f"comparison {run.id}", to_stderr=as_json)
-        with jobs.quiet_stdout(as_json):
-            compare.run_here(run, plans, lambda text: click.secho(text, bold=True))
-    return _report(run, as_json)
+    else:
+        run, job_id = compare.submit(parent, plans, first.site)
+        jobs.announce(first, f"comparison {run.id}, job {job_id}", to_stderr=as_json)
+    with follow.from_outside(run) as follower:
+        if here:
+            with jobs.quiet_stdout(as_json):
+                compare.run_here(run, plans, lambda text: click.secho(text, bold=True))
+        else:
+            try:
+                show.wait(run)
+            except KeyboardInterrupt:
+                text = f"no longer waiting; the job goes on. To cancel it: hpcml cancel {run.id}"
+                click.echo(f"\nhpcml: {text}", err=True)
+                return INTERRUPTED
+        return _report(run, as_json, follower)
 
 
-def _report(run: rundir.RunDir, as_json: bool) -> int:
+def _report(run: rundir.RunDir, as_json: bool, follower: "show.Follower") -> int:
     from rich.console import Console
 
     from .. import compare
@@ -69,7 +75,7 @@ def _report(run: rundir.RunDir, as_json: bool) -> int:
         except HpcmlError as error:
             click.echo(f"\nhpcml: no plot: {error}", err=True)
         click.echo(f"  files     {run.path}")
-        delivered = show.deliver(run)
+        delivered = show.deliver(run, follower=follower)
         for child in children:
             show.deliver(child, announce=False)
         if delivered:

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from .. import rundir
 from ..errors import DONE, INTERRUPTED, HpcmlError
 from ..launch.prepare import Prepared, prepare
 from .root import json_option, site_option
+
+if TYPE_CHECKING:
+    from . import show
 
 
 class _Pair(click.ParamType[Any]):
@@ -117,14 +120,16 @@ def check_command(
 def run_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], site: str | None, as_json: bool) -> int:
     """Run a job here and now, in the foreground: on this machine, or inside an allocation."""
     from ..launch import local
+    from ..tracking import follow
 
     ready = prepare(job, site or here(), dict(params), dict(settings))
     needs_allocation(ready)
     run = local.make(ready.plan, rundir.runs_root(ready.site, Path(ready.plan.project)))
     announce(ready, f"run {run.id}", to_stderr=as_json)
-    with quiet_stdout(as_json):
-        local.run(ready.plan, run)
-    return ended(run, as_json, log_tail=False)
+    with follow.from_outside(run) as follower:
+        with quiet_stdout(as_json):
+            local.run(ready.plan, run)
+        return ended(run, as_json, log_tail=False, follower=follower)
 
 
 @click.command("submit")
@@ -163,25 +168,27 @@ def submit_command(
 
 
 def wait_for(run: rundir.RunDir, as_json: bool) -> int:
-    """Wait for a queued run; an interrupted wait leaves the job."""
+    """Wait for a queued run, delivering meanwhile; an interrupted wait leaves the job."""
+    from ..tracking import follow
     from . import show
 
-    try:
-        show.wait(run)
-    except KeyboardInterrupt:
-        click.echo(f"\nhpcml: no longer waiting; the job goes on. To cancel it: hpcml cancel {run.id}", err=True)
-        return INTERRUPTED
-    return ended(run, as_json)
+    with follow.from_outside(run) as follower:
+        try:
+            show.wait(run)
+        except KeyboardInterrupt:
+            click.echo(f"\nhpcml: no longer waiting; the job goes on. To cancel it: hpcml cancel {run.id}", err=True)
+            return INTERRUPTED
+        return ended(run, as_json, follower=follower)
 
 
-def ended(run: rundir.RunDir, as_json: bool, *, log_tail: bool = True) -> int:
+def ended(run: rundir.RunDir, as_json: bool, *, log_tail: bool = True, follower: "show.Follower" = None) -> int:
     """Say how a run ended and return the exit code: 130 where the person ended it."""
     from .. import queue
     from . import show
 
     state = queue.state_of(run)
     with quiet_stdout(as_json):
-        code = show.finish(run, state, log_tail=log_tail)
+        code = show.finish(run, state, log_tail=log_tail, follower=follower)
     if as_json:
         show.echo_json(vars(state) | {"path": str(run.path)})
     return INTERRUPTED if state.name == "CANCELLED" and not state.slurm_job_id else code

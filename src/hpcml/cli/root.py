@@ -1,14 +1,13 @@
 """The top command: finds subcommands by name and imports only the one that is asked for; errors become exit codes."""
 
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from .. import __version__
-from ..errors import INTERRUPTED, JOB_FAILED, HpcmlError, nearest
+from ..errors import DONE, INTERRUPTED, JOB_FAILED, HpcmlError, nearest
 
 # name → module below cli, in the order that --help shows.
 COMMANDS = {
@@ -22,6 +21,9 @@ COMMANDS = {
     "logs": "runs",
     "cancel": "runs",
     "sync": "runs",
+    "top": "top",
+    "report": "report",
+    "model": "model",
     "runs": "runs",
     "site": "places",
     "doctor": "places",
@@ -77,9 +79,8 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("hpcml: interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except SystemExit:  # commands return their codes; click and rich end so, with 1, when the reader has gone: `… | head`
+        return DONE
     except Exception as error:
         if "--debug" in arguments:
             import traceback

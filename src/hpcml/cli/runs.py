@@ -1,8 +1,10 @@
 """Commands about runs: status, logs, cancel, sync, runs."""
 
 import contextlib
-import shutil
+import itertools
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -10,7 +12,12 @@ import click
 from .. import queue, rundir
 from ..errors import DONE, SERVICE_SILENT, HpcmlError, ServiceSilent
 from . import show
+from .prune import prune_command
 from .root import json_option, site_option
+
+# Slurm's controller serves everybody: who follows a log asks it this often whether the job still runs.
+ASK_S = 5.0
+RANK_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "bright_red", "bright_cyan", "bright_magenta")
 
 run_argument = click.argument("run", required=False)
 
@@ -38,25 +45,27 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines come, until the run ends.")
 @click.option("--rank", type=click.IntRange(min=0), help="Only this rank.")
 @site_option
-def logs_command(run: str | None, follow: bool, rank: int | None, site: str | None) -> int:
-    """Print the ranks' logs."""
+@json_option
+def logs_command(run: str | None, follow: bool, rank: int | None, site: str | None, as_json: bool) -> int:
+    """Print the ranks' logs; with --json an object for each line."""
     found = rundir.find(show.root_of(site), run)
     if rank is not None:
         _has_rank(found, rank)
-    if follow:
-        for path, line in queue.follow(found, lambda: _has_ended(found)):
-            if rank is None or path.name == f"out.{rank}.txt":
-                click.echo(f"{_prefix(found, path)}{line}")
-        return DONE
     paths = [p for p in queue.log_paths(found) if rank is None or p.name == f"out.{rank}.txt"]
     shown = [p for p in paths if p.name.startswith("out.")] or paths
-    if not shown:
-        click.echo(f"hpcml: {found.id} has no logs yet ({queue.state_of(found).name})", err=True)
-    for path in shown:
-        prefix = _prefix(found, path) if len(shown) > 1 else ""
-        with path.open(errors="replace") as file:
-            for line in file:
-                click.echo(prefix + line, nl=line.endswith("\n") is False)
+    if follow:
+        lines = queue.follow(found, _ended(found))
+    else:
+        lines = ((path, line) for path in shown for line in queue.lines_of(path))
+        if not shown:
+            click.echo(f"hpcml: {found.id} has no logs yet", err=True)
+    for path, line in lines:
+        if rank is not None and path.name != f"out.{rank}.txt":
+            continue
+        if as_json:
+            click.echo(json.dumps({**_place(found, path), "line": line}, ensure_ascii=False))
+        else:
+            click.echo((_prefix(found, path) if follow or len(shown) > 1 else "") + line)
     return DONE
 
 
@@ -67,30 +76,57 @@ def _has_rank(run: rundir.RunDir, rank: int) -> None:
         raise HpcmlError(f"run {run.id} has no rank {rank}", origin="--rank", allowed=f"0 to {tasks - 1}")
 
 
-def _has_ended(run: rundir.RunDir) -> bool:
-    """Whether a run has ended; a controller that does not answer for a while is no end."""
-    with contextlib.suppress(ServiceSilent):
-        return queue.state_of(run).is_final
-    return False
+def _ended(run: rundir.RunDir) -> Callable[[], bool]:
+    """What tells whether a run has ended: its marker is looked at each time, Slurm is asked now and then.
+
+    A controller that does not answer for a while is no end.
+    """
+    ask_at = 0.0
+
+    def ended() -> bool:
+        nonlocal ask_at
+        marked = bool(rundir.read_json(run.status).get("final"))
+        if not marked and rundir.slurm_job_id(run) is not None and time.monotonic() < ask_at:
+            return False
+        ask_at = time.monotonic() + ASK_S
+        with contextlib.suppress(ServiceSilent):
+            return queue.state_of(run).is_final
+        return False
+
+    return ended
+
+
+def _place(run: rundir.RunDir, path: Path) -> dict[str, str | int | None]:
+    """Whose log a file is: rank (None: Slurm's own), and of a comparison or array the run below."""
+    below = path.parent.parent.name if path.parent.parent != run.path else None
+    rank = int(path.name.split(".")[1]) if path.name.startswith("out.") else None
+    return {"rank": rank} if below is None else {"run": below, "rank": rank}
 
 
 def _prefix(run: rundir.RunDir, path: Path) -> str:
-    rank = path.name.split(".")[1] if path.name.startswith("out.") else "slurm"
-    variant = f"{path.parent.parent.name} " if path.parent.parent != run.path else ""
-    return f"[{variant}{rank}] "
+    place = _place(run, path)
+    rank = place["rank"]
+    words = [str(place["run"])] if "run" in place else []
+    colour = RANK_COLOURS[rank % len(RANK_COLOURS)] if isinstance(rank, int) else None
+    return click.style(f"[{' '.join([*words, 'slurm' if rank is None else str(rank)])}] ", fg=colour)
 
 
 @click.command("cancel")
 @run_argument
 @site_option
-def cancel_command(run: str | None, site: str | None) -> int:
+@json_option
+def cancel_command(run: str | None, site: str | None, as_json: bool) -> int:
     """Cancel a run's Slurm job."""
     found = rundir.find(show.root_of(site), run)
     before = queue.cancel(found)
-    if before.is_final:
+    if as_json:
+        own = {"run_id": found.id, "slurm_job_id": before.slurm_job_id}
+        show.echo_json({**own, "state_before": before.name, "cancelled": not before.is_final})
+    elif before.is_final:
         click.echo(f"{found.id} has ended already: {show.state_word(before.name)}")
     else:
-        click.echo(f"cancelled job {before.slurm_job_id} of {found.id}")
+        job = f"job {before.slurm_job_id} of " if before.slurm_job_id else ""
+        click.echo(f"cancelled {job}{found.id}")
     return DONE
 
 
@@ -98,7 +134,8 @@ def cancel_command(run: str | None, site: str | None) -> int:
 @click.argument("runs", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every run in the runs folder.")
 @site_option
-def sync_command(runs: tuple[str, ...], everything: bool, site: str | None) -> int:
+@json_option
+def sync_command(runs: tuple[str, ...], everything: bool, site: str | None, as_json: bool) -> int:
     """Deliver runs to MLflow; what is there already is not sent again."""
     root = show.root_of(site)
     if everything:
@@ -110,19 +147,31 @@ def sync_command(runs: tuple[str, ...], everything: bool, site: str | None) -> i
     new = [run for run in wanted if not is_delivered(run)]
     if everything and len(new) < len(wanted):
         there = len(wanted) - len(new)
-        click.echo(f"{there} run{' is' if there == 1 else 's are'} in MLflow already")
+        click.echo(f"{there} run{' is' if there == 1 else 's are'} in MLflow already", err=as_json)
     delivered = [
         (run, show.deliver(run, announce=number == 0)) for number, run in enumerate(new if everything else wanted)
     ]
-    for run, where in delivered:
-        if where:
-            click.echo(f"{run.id} is in MLflow: {where}")
+    if as_json:
+        show.echo_json([{"run_id": run.id, "delivered": bool(where), "mlflow": where} for run, where in delivered])
+    else:
+        for run, where in delivered:
+            if where:
+                click.echo(f"{run.id} is in MLflow: {where}")
     return DONE if all(where for _, where in delivered) else SERVICE_SILENT
 
 
 @click.group("runs")
 def runs_command() -> None:
     """List and prune run directories."""
+
+
+runs_command.add_command(prune_command)
+
+
+def _newest(root: Path, number: int) -> list[rundir.RunDir]:
+    """The newest runs, those below a run after it, in its order."""
+    tops = (run for run in rundir.every(root) if "/" not in run.id)
+    return list(itertools.islice((one for top in tops for one in (top, *queue.children(top))), number))
 
 
 @runs_command.command("list")
@@ -132,8 +181,9 @@ def runs_command() -> None:
 def list_runs(number: int, site: str | None, as_json: bool) -> int:
     """List the newest runs."""
     root = show.root_of(site)
-    newest = [run for _, run in zip(range(number), rundir.every(root), strict=False)]
-    states = [queue.state_of(run) for run in newest]
+    states, silence = queue.states_of(_newest(root, number))
+    if silence is not None:
+        click.echo(f"hpcml: shown as last known: {silence}", err=True)
     if as_json:
         show.echo_json([vars(state) for state in states])
         return DONE
@@ -158,38 +208,4 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
         name = f"  └ {state.run_id.split('/')[1]}" if "/" in state.run_id else state.run_id
         table.add_row(name, f"[{colour}]{state.name}[/]", job, replicas, took, why)
     Console().print(table)
-    return DONE
-
-
-@runs_command.command("prune")
-@click.option("--keep", default=20, show_default=True, type=click.IntRange(min=0), help="Keep the newest so many.")
-@click.option("--yes", is_flag=True, help="Delete without asking.")
-@site_option
-def prune_runs(keep: int, yes: bool, site: str | None) -> int:
-    """Delete the oldest ended runs that MLflow has; a run that is not delivered or not ended is kept."""
-    from ..tracking.mlflow import is_delivered
-
-    root = show.root_of(site)
-    tops = [run for run in rundir.every(root) if "/" not in run.id]
-    old = [
-        run
-        for run in tops[keep:]
-        if queue.state_of(run).is_final and all(map(is_delivered, [run, *rundir.children(run)]))
-    ]
-    kept = len(tops[keep:]) - len(old)
-    for run in old:
-        click.echo(run.id)
-    if kept:
-        click.echo(f"{kept} older runs are kept: not ended, or not delivered (hpcml sync --all)", err=True)
-    if not old:
-        click.echo(f"nothing to prune in {root}")
-        return DONE
-    if not yes:
-        click.confirm(f"delete these {len(old)} runs from {root}?", abort=True)
-    for run in old:
-        try:
-            shutil.rmtree(run.path)
-        except OSError as error:
-            raise HpcmlError(f"{run.path} can't be deleted: {error.strerror}") from None
-    click.echo(f"deleted {len(old)} runs")
     return DONE

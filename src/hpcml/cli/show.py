@@ -18,7 +18,11 @@ from ..rundir import RunDir
 from ..tracking import journal
 
 if TYPE_CHECKING:
+    import subprocess
+
     from ..preflight import Finding
+
+    Follower = subprocess.Popen[bytes] | None
 
 COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "UNKNOWN": "magenta"}
 
@@ -69,13 +73,14 @@ def wait(run: RunDir) -> queue.State:
     return queue.wait(run, lambda state: click.echo(f"hpcml: {_progress_line(state)}", err=True))
 
 
-def finish(run: RunDir, state: queue.State, *, log_tail: bool) -> int:
+def finish(run: RunDir, state: queue.State, *, log_tail: bool, follower: "Follower" = None) -> int:
     """Deliver an ended run, print its summary, and return the exit code.
 
     Args:
         log_tail: whether to end a failed run's summary with the last lines of its log, unless they were seen already.
+        follower: what delivers it in the background so far.
     """
-    delivered = deliver(run)
+    delivered = deliver(run, follower=follower)
     click.echo(summary(run, state))
     if delivered:
         click.echo(f"  mlflow    {delivered}")
@@ -87,21 +92,45 @@ def finish(run: RunDir, state: queue.State, *, log_tail: bool) -> int:
     return JOB_FAILED
 
 
-def deliver(run: RunDir, *, announce: bool = True) -> str:
-    """Send a run to MLflow and return where it is; what can't be sent stays for ``hpcml sync`` and is said."""
-    try:
-        from ..tracking import mlflow
+def deliver(run: RunDir, *, announce: bool = True, follower: "Follower" = None) -> str:
+    """Send a run to MLflow and return where it is; what can't be sent stays for ``hpcml sync`` and is said.
 
-        if announce:  # the first delivery also makes the database, which takes some seconds
-            click.echo("hpcml: delivering to MLflow …", err=True)
+    Lines of the journal that are no record are named on stderr; everything else is delivered.
+
+    Args:
+        announce: whether to say that it takes a moment.
+        follower: what delivers it in the background so far: it does the rest, which spares this process MLflow.
+    """
+    from ..tracking import mlflow
+    from ..tracking.follow import finish as finish_follower
+
+    try:
         with contextlib.suppress(ServiceSilent):
             queue.state_of(run)  # what Slurm knows of its end goes into the marker first
         plan = rundir.read_json(run.plan)
-        done = mlflow.deliver(run, mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"])))
-        return f"{done.experiment} at {done.uri}"
+        uri = mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"]))
+        if announce:  # the first delivery also makes the database, which takes some seconds
+            click.echo("hpcml: delivering to MLflow …", err=True)
+        done = finish_follower(follower) and mlflow.is_delivered(run, uri)
+        told = mlflow.noted(run) if done else mlflow.deliver(run, uri)
     except HpcmlError as error:
         click.echo(f"hpcml: not delivered to MLflow; nothing is lost: hpcml sync {run.id}\n  {error}", err=True)
         return ""
+    tell_unreadable(run)
+    return f"{told.experiment} at {told.uri}"
+
+
+def tell_unreadable(run: RunDir) -> int:
+    """Name on stderr the lines of a delivered run's journal that are no record; returns how many there are."""
+    from ..tracking.mlflow import noted
+
+    known = noted(run)
+    for file, line, text in known.unreadable:
+        path = run.events / file
+        click.echo(f"hpcml: {path} line {line} is no record, all others are delivered: {text!r}", err=True)
+    if known.skipped > len(known.unreadable):
+        click.echo(f"hpcml: and {known.skipped - len(known.unreadable):,} lines more", err=True)
+    return known.skipped
 
 
 def summary(run: RunDir, state: queue.State) -> str:
@@ -113,7 +142,7 @@ def summary(run: RunDir, state: queue.State) -> str:
     if state.progress and not state.is_final:
         lines.append(f"  progress  {state.progress}")
     if state.slurm_job_id:
-        lines.append(f"  slurm     job {state.slurm_job_id} (told by {state.source})")
+        lines.append(f"  slurm     job {state.slurm_job_id}, {state.told_by}")
     if state.replicas_in_sync:
         lines.append(f"  replicas  {state.replicas_in_sync} in sync")
     metrics = _last_metrics(run)

@@ -6,12 +6,14 @@ Under ``hpcml submit`` the run is there already and ``open`` is not called. Stan
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 from .. import facts, job, plan, rundir, site, snapshot
 from ..errors import HpcmlError
 from ..rundir import RunDir
+from ..tracking import provenance
 
 
 def open_run(
@@ -39,6 +41,9 @@ def open_run(
 def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) -> None:
     """Fill a new run directory: the code's snapshot with its parameters, the plan last."""
     project = Path(decided.project)
+    # git and the snapshot each wait for the file system: side by side they take the time of one.
+    origins = threading.Thread(target=provenance.record, args=(run, decided))
+    origins.start()
     if decided.work != "function":
         work = decided.target[0] if decided.work in ("notebook", "script") else None
         snapshot.take(project, run.code, skip=run.root, work=work)
@@ -46,6 +51,7 @@ def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) ->
             snapshot.inject(run.code / decided.target[0], decided.params)
     if slurm_job_id is not None:
         rundir.write_json(run.submitted, {"slurm_job_id": slurm_job_id, "submitted": time.time()})
+    origins.join()
     rundir.write_json(run.plan, decided.to_json())
 
 
@@ -87,6 +93,7 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
         "failed_rank": failed[0]["rank"] if failed else None,
         "signal": signal,
         "replicas_in_sync": next((r["replicas_in_sync"] for r in ranks if r.get("replicas_in_sync")), None),
+        "lost": sum(rank.get("lost") or 0 for rank in ranks),
         "started": min((part.get("started", now) for part in ranks or variants), default=now),
         "ended": now,
         "restarts": restart,

@@ -24,9 +24,12 @@ from ..plan import NEVER_CHECKED, Plan, from_json
 from ..rundir import RunDir
 from ..tracking import journal
 from . import batch, bootstrap
+from .beside import beside
 
 # After TERM the work has this long before KILL; Slurm's own KillWait is 30 s by default.
 GRACE_S = 20
+# The conversion ends itself after 60 s.
+PROFILE_S = 90
 _POLL_S = 0.2
 # What an ended child has written lies in the pipe (64 KiB); what comes later is of a process that it left behind.
 _DRAIN_S = 2
@@ -46,7 +49,10 @@ def run_rank(run: RunDir, plan: Plan) -> int:
         ready = bootstrap.prepare(environment, plan.strategy, plan.keras, plan.gpus_per_node)
         rank = ready.topology.rank
         _say(log, rank, f"hpcml: {ready.describe()}")
-        code = _child(run, plan, {**environment, **ready.variables}, log, rank)
+        with beside(run, ready, environment, restart):
+            code = _child(run, plan, {**environment, **ready.variables}, log, rank)
+            if plan.profile and rank == 0:
+                _split_profile(run)
         reason = "" if code == 0 else _last_words(run.log(rank), code)
         if code == 0:
             code, reason = _judged(run, plan, rank, restart)
@@ -57,7 +63,8 @@ def run_rank(run: RunDir, plan: Plan) -> int:
         _say(log, rank, f"hpcml: {error}", error=True)
     records = [r for r in journal.read(run.events) if r["rank"] == rank and r["restart"] == restart]
     replicas = next((r.get("in_sync") for r in reversed(records) if r["kind"] == "replicas"), None)
-    marker = {"rank": rank, "exit_code": code, "reason": reason, "replicas_in_sync": replicas}
+    lost = journal.lost(run.events, rank, restart)
+    marker = {"rank": rank, "exit_code": code, "reason": reason, "replicas_in_sync": replicas, "lost": lost}
     rundir.write_json(run.status_of(rank), {**marker, "started": started, "ended": time.time(), "restart": restart})
     cleared_away = code == 143 and rundir.read_json(run.stop).get("restart") == restart
     if code and rank and not cleared_away:
@@ -204,6 +211,13 @@ def _saves(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _split_profile(run: RunDir) -> None:
+    """Turn the profile into the parts of a step, in a process of its own: xprof is large, and may fail as it likes."""
+    words = [sys.executable, "-P", "-m", "hpcml.tracking.profile", str(run.path)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(words, stdin=subprocess.DEVNULL, timeout=PROFILE_S, check=False)
 
 
 def _judged(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[int, str]:

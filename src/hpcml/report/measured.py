@@ -9,7 +9,10 @@ from typing import Any
 
 from .. import plan as plans
 from ..rundir import RunDir, read_json
-from ..tracking import journal
+from . import records
+from .records import Records
+
+_NAMES = ("samples_per_s", "step_time_ms", "time_to_first_step_s", "accuracy", "val_accuracy")
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,17 @@ class Measured:
     error: str | None = None
 
 
-def measure(run: RunDir) -> Measured:
-    """Read what a run measured; whatever is absent or unreadable is None, never an error."""
-    plan = plan_of(run)
-    records, status = _last_restart(run)
-    metrics = _metrics(records)
+def measure(run: RunDir, found: Records | None = None) -> Measured:
+    """Read what a run measured; whatever is absent or unreadable is None, never an error.
+
+    Args:
+        found: its records, where they were read already.
+    """
+    plan, found = plan_of(run), found or records.read(run)
+    status, told, metrics = records.status_of(run, found), found.others, _metrics(found)
     state = status["state"] if isinstance(status.get("state"), str) else "UNKNOWN"
-    told = [record for record in records if record["kind"] == "replicas" and record["rank"] == 0]
-    replicas: Mapping[str, Any] = told[-1] if told else {}
+    synced = [record for record in told if record["kind"] == "replicas" and record["rank"] == 0]
+    replicas: Mapping[str, Any] = synced[-1] if synced else {}
     names = replicas.get("devices")
     validated = any("val_accuracy" in values for values in metrics.values())
     return Measured(
@@ -86,8 +92,8 @@ def measure(run: RunDir) -> Measured:
         validated=validated,
         train_accuracy=_final(metrics, "accuracy"),
         epochs=_epochs(metrics),
-        warnings=_warnings(records, metrics, replicas),
-        error=None if state == "COMPLETED" else _error(records, status, run),
+        warnings=_warnings(told, metrics, replicas),
+        error=None if state == "COMPLETED" else _error(told, status, run),
     )
 
 
@@ -98,22 +104,14 @@ def plan_of(run: RunDir) -> plans.Plan | None:
         return None
 
 
-def _last_restart(run: RunDir) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Records and end marker of the last restart; the marker of an earlier one says nothing and counts as absent."""
-    records, status = list(journal.read(run.events)), read_json(run.status)
-    ended = _count(status.get("restarts"))
-    last = max([ended or 0, *(record["restart"] for record in records)])
-    return [r for r in records if r["restart"] == last], {} if ended is not None and ended < last else status
-
-
-def _metrics(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float | None]]:
+def _metrics(found: Records) -> dict[int, dict[str, float | None]]:
     """Rank 0's metrics by step, in order; a later record of a step adds to it. NaN and infinities become None."""
-    found: dict[int, dict[str, float | None]] = {}
-    for record in records:
-        step, values = _count(record.get("step")), record.get("values")
-        if record["kind"] == "metric" and record["rank"] == 0 and step is not None and isinstance(values, dict):
-            found.setdefault(step, {}).update({name: _number(value) for name, value in values.items()})
-    return dict(sorted(found.items()))
+    by_step: dict[int, dict[str, float | None]] = {}
+    for name in _NAMES:
+        points = found.metrics.get((0, name))
+        for step, value in zip(points.steps, points.values, strict=True) if points else ():
+            by_step.setdefault(step, {})[name] = _number(value)
+    return dict(sorted(by_step.items()))
 
 
 def _number(value: object) -> float | None:
@@ -148,12 +146,12 @@ def _epochs(metrics: Mapping[int, Mapping[str, float | None]]) -> tuple[Epoch, .
 
 
 def _warnings(
-    records: Iterable[Mapping[str, Any]],
+    told: Iterable[Mapping[str, Any]],
     metrics: Mapping[int, Mapping[str, float | None]],
     replicas: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    told = [r["text"] for r in records if r["kind"] == "message" and r.get("level") == "warning" and r.get("text")]
-    warnings = [_first_line(str(text)) for text in told]
+    texts = [r["text"] for r in told if r["kind"] == "message" and r.get("level") == "warning" and r.get("text")]
+    warnings = [_first_line(str(text)) for text in texts]
     in_sync, expected = _count(replicas.get("in_sync")), _count(replicas.get("expected"))
     if in_sync is not None and expected is not None and in_sync != expected:
         warnings.append(f"{in_sync} of {expected} replicas in sync: not the training that was asked for")
@@ -162,13 +160,13 @@ def _warnings(
     return tuple(dict.fromkeys(warnings))
 
 
-def _error(records: Iterable[Mapping[str, Any]], status: Mapping[str, Any], run: RunDir) -> str:
+def _error(told: Iterable[Mapping[str, Any]], status: Mapping[str, Any], run: RunDir) -> str:
     """Of each rank's last error the earliest: when one worker dies, the others' errors only follow from it.
 
     The marker's reason stands in, and goes first for a run that was ended from outside (TIMEOUT, CANCELLED, …).
     """
     by_rank = {}
-    for r in sorted(records, key=lambda record: int(record["t"])):
+    for r in sorted(told, key=lambda record: int(record["t"])):
         if r["kind"] == "message" and r.get("level") == "error" and r.get("text"):
             by_rank[r["rank"]] = r
     said = str(min(by_rank.values(), key=lambda record: int(record["t"]))["text"]) if by_rank else ""

@@ -59,7 +59,14 @@ def submit(script: Path, environment: Mapping[str, str], cwd: Path, options: Seq
     )
     if done.returncode:
         raise HpcmlError(f"sbatch refused the job: {_words(done)}", fix="hpcml check JOB shows what the site allows")
-    return int(done.stdout.strip().split(";")[0])
+    # A site's wrapper or plugin may print lines of its own before; the id is the last (sbatch(1), --parsable).
+    job_id = (done.stdout.strip().splitlines() or [""])[-1].split(";")[0]
+    if not job_id.isdecimal():
+        raise HpcmlError(
+            f"sbatch took the job but printed no job id: {done.stdout.strip()!r}",
+            fix="squeue --me shows whether it is queued; scancel removes it",
+        )
+    return int(job_id)
 
 
 def test_only(script: str, cwd: Path) -> tuple[bool, str]:
@@ -83,11 +90,8 @@ def job_state(job_id: int | str) -> text.JobState | None:
     Raises:
         ServiceSilent: one of them can't tell now, which is not the same as not knowing the job.
     """
-    queue = _call(["squeue", "--noheader", "--states=all", "--format=%T|%r", f"--jobs={job_id}"], check=False)
-    if queue.returncode == 0 and queue.stdout.strip():
-        return text.squeue_line(queue.stdout.strip().splitlines()[0])
-    if queue.returncode and "Invalid job id" not in queue.stderr:
-        raise ServiceSilent(f"squeue failed: {_words(queue)}", fix="try again; scontrol ping tells more")
+    if lines := _squeue([str(job_id)]).strip().splitlines():
+        return text.squeue_line(lines[0])
     shown = _call(["scontrol", "--oneliner", "show", "job", str(job_id)], check=False)
     if shown.returncode == 0 and shown.stdout.strip():
         return text.scontrol_job(shown.stdout)
@@ -98,6 +102,46 @@ def job_state(job_id: int | str) -> text.JobState | None:
     if account.returncode == 0 and account.stdout.strip():
         return text.sacct_line(account.stdout.strip().splitlines()[-1])
     return None
+
+
+def job_states(job_ids: Sequence[str]) -> dict[str, text.JobState]:
+    """Ask about many jobs with one squeue and, for those it has forgotten, one sacct; unknown jobs are left out.
+
+    Args:
+        job_ids: an array's id stands for all of its jobs, which come back as ``<array's id>_<index>``.
+
+    Raises:
+        ServiceSilent: as in ``job_state``.
+    """
+    if not job_ids:
+        return {}
+    found = text.squeue_jobs(_squeue(job_ids, "--array"))
+    known = {key.partition("_")[0] for key in found}
+    forgotten = [job_id for job_id in job_ids if job_id.partition("_")[0] not in known]
+    if forgotten and shutil.which("sacct"):
+        fields = ["--parsable2", "--noheader", "--allocations", "--format=JobID,State,ExitCode"]
+        account = _call(["sacct", f"--jobs={','.join(forgotten)}", *fields], check=False)
+        found |= text.sacct_jobs(account.stdout) if account.returncode == 0 else {}
+    return found
+
+
+def queued_state(job_id: int | str) -> text.JobState | None:
+    """Return what squeue alone says of a job, with scontrol's count of its restarts where it runs."""
+    lines = _squeue([str(job_id)]).strip().splitlines()
+    known = text.squeue_line(lines[0]) if lines else None
+    if known is None or known.ended or known.waiting:
+        return known
+    shown = _call(["scontrol", "--oneliner", "show", "job", str(job_id)], check=False)
+    return text.scontrol_job(shown.stdout) if shown.returncode == 0 and shown.stdout.strip() else known
+
+
+def _squeue(job_ids: Sequence[str], *more: str) -> str:
+    """Return squeue's lines of some jobs; empty where it knows none of them."""
+    words = ["squeue", "--noheader", "--states=all", *more, f"--format={text.SQUEUE_FORMAT}"]
+    done = _call([*words, f"--jobs={','.join(job_ids)}"], check=False)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise ServiceSilent(f"squeue failed: {_words(done)}", fix="try again; scontrol ping tells more")
+    return done.stdout if done.returncode == 0 else ""
 
 
 def job_fields(job_id: int) -> dict[str, str]:

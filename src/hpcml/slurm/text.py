@@ -1,8 +1,11 @@
 """Pure parsers of what Slurm's commands and variables say; no command is run here."""
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from ..errors import HpcmlError
 
 # squeue(1), JOB STATE CODES. A job in one of these has ended for good.
 ENDED = frozenset(
@@ -21,6 +24,10 @@ ENDED = frozenset(
 )
 
 
+# squeue(1), JOB STATE CODES. A job in one of these has not begun, or has been put back into the queue.
+WAITING = frozenset(["PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"])
+
+
 @dataclass(frozen=True)
 class JobState:
     """What Slurm says of one job.
@@ -30,17 +37,26 @@ class JobState:
         reason: why it waits or ended, Slurm's word; empty where there is none.
         exit_code: of the batch script; None while unknown.
         source: the command that said so.
+        start: when it began, or while it waits Slurm's estimate, in seconds since the epoch; None while unknown.
+        restarts: how often it was put back into the queue; None where the command doesn't tell.
     """
 
     state: str
     reason: str = ""
     exit_code: int | None = None
     source: str = ""
+    start: float | None = None
+    restarts: int | None = None
 
     @property
     def ended(self) -> bool:
         """Whether the job has ended for good."""
         return self.state in ENDED
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the job is in the queue and not running."""
+        return self.state in WAITING
 
 
 @dataclass(frozen=True)
@@ -112,23 +128,54 @@ def pairs(line: str) -> dict[str, str]:
     return {match[1]: match[2] for match in reversed(list(found))}
 
 
+# %i last: a stub or an old squeue that prints less is still read. Reasons hold commas and spaces, never a bar.
+SQUEUE_FORMAT = "%T|%r|%S|%i"
+
+
 def squeue_line(line: str) -> JobState:
-    """Read a line of ``squeue --format='%T|%r'``."""
-    state, _, reason = line.strip().partition("|")
-    return JobState(state, "" if reason == "None" else reason, None, "squeue")
+    """Read a line of ``squeue --format=SQUEUE_FORMAT``; what is missing at its end is unknown."""
+    state, reason, start, _ = (*line.strip().split("|"), "", "", "")[:4]
+    return JobState(state, "" if reason == "None" else reason, None, "squeue", moment(start))
+
+
+def squeue_jobs(text: str) -> dict[str, JobState]:
+    """Read all lines of ``squeue --array --format=SQUEUE_FORMAT``, by job id; of an array by ``<array's id>_<index>``."""
+    lines = [line for line in text.splitlines() if line.count("|") == SQUEUE_FORMAT.count("|")]
+    return {line.rpartition("|")[2].strip(): squeue_line(line) for line in lines}
 
 
 def scontrol_job(text: str) -> JobState:
     """Read ``scontrol --oneliner show job``."""
     job = pairs(text.splitlines()[0])
-    reason = job.get("Reason", "None")
-    return JobState(job["JobState"], "" if reason == "None" else reason, _exit(job.get("ExitCode", "")), "scontrol")
+    reason, restarts = job.get("Reason", "None"), job.get("Restarts", "")
+    return JobState(
+        job.get("JobState", "UNKNOWN"),
+        "" if reason == "None" else reason,
+        _exit(job.get("ExitCode", "")),
+        "scontrol",
+        moment(job.get("StartTime", "")),
+        int(restarts) if restarts.isdecimal() else None,
+    )
 
 
 def sacct_line(line: str) -> JobState:
     """Read a line of ``sacct --parsable2 --noheader --format=State,ExitCode``; ``CANCELLED by 0`` is CANCELLED."""
     state, _, code = line.strip().partition("|")
-    return JobState(state.split()[0].rstrip("+"), "", _exit(code), "sacct")
+    return JobState((state.split() or ["UNKNOWN"])[0].rstrip("+"), "", _exit(code), "sacct")
+
+
+def sacct_jobs(text: str) -> dict[str, JobState]:
+    """Read all lines of ``sacct --parsable2 --noheader --format=JobID,State,ExitCode``, by job id."""
+    words = [line.strip().partition("|") for line in text.splitlines() if line.count("|") == 2]
+    return {job_id: sacct_line(rest) for job_id, _, rest in words}
+
+
+def moment(text: str) -> float | None:
+    """Return Slurm's ``2026-11-22T23:49:51``, local time, in seconds since the epoch; None for ``N/A`` and the like."""
+    try:
+        return time.mktime(time.strptime(text.strip(), "%Y-%m-%dT%H:%M:%S"))
+    except (ValueError, OverflowError):
+        return None
 
 
 def _exit(code: str) -> int | None:
@@ -140,10 +187,21 @@ SINFO_FORMAT = "%R|%a|%D|%c|%m|%l|%G|%P"
 
 
 def partitions(text: str) -> list[Partition]:
-    """Read ``sinfo --noheader --format=SINFO_FORMAT``; the lines of one partition are summed, its largest node kept."""
+    """Read ``sinfo --noheader --format=SINFO_FORMAT``; the lines of one partition are summed, its largest node kept.
+
+    Raises:
+        HpcmlError: a line is not of that form.
+    """
     found: dict[str, Partition] = {}
-    for line in text.splitlines():
-        name, _, nodes, cores, mem_mb, limit, gres, marked = line.strip().split("|")
+    for line in filter(str.strip, text.splitlines()):
+        words = line.strip().split("|")
+        if len(words) != SINFO_FORMAT.count("|") + 1 or not words[2].isdecimal():
+            raise HpcmlError(
+                f"sinfo printed a line that is not one of its own: {line.strip()!r}",
+                allowed=f"lines of the form {SINFO_FORMAT}",
+                fix=f"see what sinfo --noheader --exact --format='{SINFO_FORMAT}' prints; an alias or wrapper may add to it",
+            )
+        name, _, nodes, cores, mem_mb, limit, gres, marked = words
         # "gpu:a100:2(S:0-1)", "gpu:1g.10gb:7" (MIG), "gpu:2,shard:8"
         gpus = re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:(\d+)(?=[,(]|$)", gres)
         old = found.get(name)

@@ -1,29 +1,32 @@
-"""Delivery of a run directory to MLflow, on the person's side, during a run or after it.
+"""Delivery of a run directory to MLflow, during a run or after it.
 
 The journal is the truth and MLflow a copy of it: ``deliver`` sends what MLflow does not have yet, notes it in
 ``delivered.json``, and may be killed and called again at any time. A point that is sent twice is stored once, since
-MLflow's SQL store keys a metric by run, name, step, value and time, and the journal's times are kept.
+MLflow's SQL store keys a metric by run, name, step, value and time (NaN by a flag of its own), and the journal's times
+are kept. Two records of the same name, step, millisecond and value are one point.
 """
 
-import contextlib
-import getpass
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import HpcmlError
-from ..rundir import RunDir, read_json, slurm_job_id, write_json
+from ..rundir import RunDir, read_json, slurm_job_id
 from ..site import Site, expand
-from . import journal, store, translate
+from . import ledger as ledgers
+from . import place, provenance, store, translate
+from .journal import Unreadable
+from .ledger import Ledger
 from .store import Store
-from .translate import MAX_PARAM, MAX_TAG, NAME_TAG, PARENT_TAG, PLAN_TAG, RUN_TAG, Point, Said, text
+from .translate import MAX_PARAM, MAX_TAG, NAME_TAG, PARENT_TAG, PLAN_TAG, Point, text
 
 # MLflow's limits for one call (its REST API, "Log Batch"), the last in bytes of JSON.
 MAX_POINTS, MAX_PAIRS, MAX_BYTES = 1000, 100, 1_000_000
+# What a delivery writes about itself is no part of the run.
+LOG = "delivery.txt"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Delivery:
         points: metric points sent this time.
         artifacts: files sent this time.
         uri: MLflow's address, without credentials.
+        unreadable: of all the journal the first lines that are no record, as (file, line, beginning of its text).
+        skipped: how many of them there are.
     """
 
     run_id: str
@@ -43,6 +48,8 @@ class Delivery:
     points: int
     artifacts: int
     uri: str
+    unreadable: tuple[tuple[str, int, str], ...] = ()
+    skipped: int = 0
 
 
 def store_uri(site: Site, project: Path) -> str:
@@ -50,13 +57,16 @@ def store_uri(site: Site, project: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or expand(site.tracking, f"site {site.name}: tracking", project)
 
 
-def deliver(run: RunDir, uri: str, *, parent: RunDir | None = None) -> Delivery:
+def deliver(run: RunDir, uri: str, *, parent: RunDir | None = None, files: bool = True) -> Delivery:
     """Send to MLflow what it does not have yet of a run; its parent is delivered first.
+
+    What stands in the journal as no record is passed over and told in the result.
 
     Args:
         run: the run; it may still be running.
         uri: ``sqlite:///<file>``, ``http(s)://[user:password@]<host>``, or whatever else MLflow takes.
         parent: the run that this one belongs to; by default that of a ``<parent>/<variant>`` id.
+        files: whether to send files too; while a run goes on its logs change all the time.
 
     Raises:
         ServiceSilent: MLflow gives no answer or refuses; what was sent until then is noted.
@@ -67,187 +77,141 @@ def deliver(run: RunDir, uri: str, *, parent: RunDir | None = None) -> Delivery:
     # Two deliveries of one run to a server would both create it there; a variant's parent is created with it.
     lock = RunDir(run.root, run.id.partition("/")[0]).delivered.with_suffix(".lock")
     with store.opened(store.parse(uri), lock, run.id) as opened:
-        return _deliver(opened, run, parent)
+        return _deliver(opened, run, parent, files=files)
 
 
-def is_delivered(run: RunDir) -> bool:
-    """Whether MLflow has all that the run directory holds now; ``delivered.json`` alone says that a delivery began."""
-    ledger = read_json(run.delivered)
-    lines, artifacts = ledger.get("lines") or {}, ledger.get("artifacts") or {}
+def is_delivered(run: RunDir, uri: str | None = None) -> bool:
+    """Whether MLflow has all that the run directory holds now; ``delivered.json`` alone says that a delivery began.
+
+    Args:
+        uri: at this address; by default wherever it was delivered last.
+    """
+    ledger = ledgers.load(run)
     return (
-        ledger.get("state") == _state(read_json(run.status))
-        and all(record["line"] <= lines.get(_event_file(run, record), 0) for record in journal.read(run.events))
-        and all(artifacts.get(str(path.relative_to(run.path))) == now for path, now in _artifacts(run))
+        bool(ledger.place)
+        and (uri is None or ledger.place.get("uri") == store.parse(uri).shown)
+        and ledger.state == _state(read_json(run.status))
+        and not ledgers.has_news(run, ledger)
+        and all(ledger.artifacts.get(str(path.relative_to(run.path))) == now for path, now in _artifacts(run))
     )
 
 
-def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str = "") -> Delivery:
-    plan, status, ledger = read_json(run.plan), read_json(run.status), read_json(run.delivered)
-    experiment = str(plan.get("experiment") or fallback or _experiment_of_variants(run))
+def noted(run: RunDir) -> Delivery:
+    """Return what ``delivered.json`` says, as a delivery that sent nothing."""
+    ledger = ledgers.load(run)
+    return _told(ledger, 0, 0)
+
+
+def _told(ledger: Ledger, points: int, artifacts: int) -> Delivery:
+    uri, experiment, run_id = (ledger.place.get(key, "") for key in ("uri", "experiment", "run_id"))
+    return Delivery(run_id, experiment, points, artifacts, uri, tuple(ledger.unreadable), ledger.skipped)
+
+
+def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str = "", *, files: bool) -> Delivery:
+    plan, status, ledger = read_json(run.plan), read_json(run.status), ledgers.load(run)
+    stays = ledger.place.get("uri") == to.address.shown
+    experiment = (ledger.place.get("experiment") if stays else "") or place.experiment_of(run, plan) or fallback
     if not experiment:
         raise HpcmlError(f"{run.path} is no run: it holds no plan.json", fix="hpcml runs list")
     if parent is None and "/" in run.id:
         parent = RunDir(run.root, run.id.rpartition("/")[0])
-    parent_id = _deliver(to, parent, None, experiment).run_id if parent else None
-    mine = _known(to, run, ledger) or _tagged(to, run, experiment) or _created(to, run, plan, status, experiment)
-    place = {"uri": to.address.shown, "experiment": experiment, "run_id": mine.info.run_id}
-    if any(ledger.get(key) != place[key] for key in ("uri", "run_id")):
-        ledger = dict(place)  # another store, or one that forgot the run: what was noted does not hold there
-    said = Said()
-    points = _send_journal(to, run, ledger, said)
+    parent_id = _deliver(to, parent, None, experiment, files=files).run_id if parent else None
+    mine = (
+        place.known(to, run, ledger.place)
+        or place.tagged(to, run, experiment)
+        or place.created(to, run, plan, status, experiment)
+    )
+    here = {"uri": to.address.shown, "experiment": experiment, "run_id": mine.info.run_id}
+    if ledger.place != here:
+        ledger = Ledger(here)  # another store, or one that forgot the run: what was noted does not hold there
+    points = _send_journal(to, run, ledger)
     state = _state(status)
-    params = {**said.params, **translate.params(plan)}
-    tags = translate.tags(plan, state, slurm_job_id(run) or status.get("slurm_job_id"), said)
-    tags |= {PLAN_TAG: _fingerprint(run)} | ({PARENT_TAG: parent_id} if parent_id else {})
-    _send_facts(to, mine, params, tags, said)
+    params = {**ledger.said.params, **provenance.params(run), **translate.params(plan)}
+    tags = translate.tags(plan, state, slurm_job_id(run) or status.get("slurm_job_id"), ledger.said)
+    tags |= {PLAN_TAG: place.fingerprint(run)} | ({PARENT_TAG: parent_id} if parent_id else {})
+    _send_facts(to, mine, params, tags, ledger)
     _send_state(to, mine, translate.status(state), status)
-    artifacts = _send_artifacts(to, run, ledger)
-    if {**ledger, **place, "state": state} != ledger:
-        write_json(run.delivered, ledger | place | {"state": state})
-    return Delivery(mine.info.run_id, experiment, points, artifacts, to.address.shown)
+    artifacts = _send_artifacts(to, run, ledger) if files else 0
+    if ledger.state != state:
+        ledger.state = state
+        ledger.save(run)
+    return _told(ledger, points, artifacts)
 
 
 def _state(status: Mapping[str, Any]) -> str:
     return str(status.get("state") or "RUNNING")
 
 
-def _event_file(run: RunDir, record: Mapping[str, Any]) -> str:
-    return run.event_file(record["rank"], record["restart"], record["writer"]).name
+def _send_journal(to: Store, run: RunDir, ledger: Ledger) -> int:
+    """Send the metrics behind the noted lines, in the journal's order, and note the lines after each call.
+
+    One call is under way while the next is put together: most of a call is waiting for the store.
+    """
+    sent = 0
+    with ThreadPoolExecutor(1, "hpcml-delivery") as executor:
+        under_way: Future[None] | None = None
+        behind: dict[str, tuple[int, int]] = {}
+        for points, reached in _calls(run, ledger):
+            if under_way:
+                under_way.result()
+                _note(run, ledger, behind)
+            under_way, behind = executor.submit(_send_points, to, ledger.place["run_id"], points), reached
+            sent += len(points)
+        if under_way:
+            under_way.result()
+            _note(run, ledger, behind)
+    return sent
 
 
-def _experiment_of_variants(run: RunDir) -> str:
-    plans = (read_json(path) for path in sorted(run.path.glob("*/plan.json")))
-    return next((str(plan["experiment"]) for plan in plans if plan.get("experiment")), "")
-
-
-def _known(to: Store, run: RunDir, ledger: Mapping[str, Any]) -> Any:
-    """Return the MLflow run that delivered.json names; None where there is none or this store has it not."""
-    from mlflow.exceptions import MlflowException
-
-    if ledger.get("uri") != to.address.shown or not isinstance(ledger.get("run_id"), str):
-        return None
-    try:
-        known = to.client.get_run(ledger["run_id"])
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    if known.info.lifecycle_stage == "deleted":
-        experiment = to.client.get_experiment(known.info.experiment_id)
-        if experiment.lifecycle_stage == "deleted":
-            raise _deleted_experiment(to, experiment)
-        raise HpcmlError(
-            f"the MLflow run {known.info.run_id} of {run.id} was deleted in {to.address.shown}",
-            fix=f"mlflow runs restore --run-id {known.info.run_id}; or remove {run.delivered} to send the run anew",
-        )
-    return known
-
-
-def _tagged(to: Store, run: RunDir, experiment: str) -> Any:
-    """Return the oldest MLflow run that carries this run's tag, None without one."""
-    number = _experiment_id(to, experiment)
-    if number is None:
-        return None
-    quote = '"' if "'" in run.id else "'"
-    found = to.client.search_runs(
-        [number], f"tags.`{RUN_TAG}` = {quote}{run.id}{quote}", order_by=["attributes.start_time ASC"]
-    )
-    # Recurring runs of two projects, or of two people at one server, may share an id; their plans differ.
-    return next((hit for hit in found if hit.data.tags.get(PLAN_TAG) == _fingerprint(run)), None)
-
-
-def _created(to: Store, run: RunDir, plan: Mapping[str, Any], status: Mapping[str, Any], experiment: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    number = _experiment_id(to, experiment)
-    if number is None:
-        # MLflow's own default for a SQLite store is ./mlruns, wherever this process happens to be.
-        root = to.address.artifact_root.as_uri() if to.address.artifact_root else None
-        try:
-            number = to.client.create_experiment(experiment, artifact_location=root)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            number = _experiment_id(to, experiment)  # somebody else was faster
-    tags = {RUN_TAG: run.id, PLAN_TAG: _fingerprint(run)}
-    with contextlib.suppress(KeyError, OSError):  # a user id without a name
-        tags["mlflow.user"] = getpass.getuser()
-    if plan.get("target"):
-        tags["mlflow.source.name"] = text(plan["target"][0], MAX_TAG)
-    start_ms = round(_started_s(run, status) * 1000)
-    return to.client.create_run(number, start_time=start_ms, tags=tags, run_name=run.id)
-
-
-def _experiment_id(to: Store, name: str) -> str | None:
-    found = to.client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage == "deleted":
-        raise _deleted_experiment(to, found)
-    return str(found.experiment_id) if found is not None else None
-
-
-def _deleted_experiment(to: Store, experiment: Any) -> HpcmlError:
-    return HpcmlError(
-        f"the MLflow experiment {experiment.name!r} was deleted in {to.address.shown}",
-        fix=f"mlflow experiments restore --experiment-id {experiment.experiment_id}; or `mlflow gc` ends it for good",
-    )
-
-
-def _fingerprint(run: RunDir) -> str:
-    try:
-        return hashlib.sha256(run.plan.read_bytes()).hexdigest()[:16]
-    except FileNotFoundError:
-        return "none"
-
-
-def _started_s(run: RunDir, status: Mapping[str, Any]) -> float:
-    """Seconds since the epoch; MLflow can't change a start, so it is the best known at the first delivery."""
-    for marker in (status, read_json(run.status_of(0))):
-        if isinstance(marker.get("started"), int | float):
-            return float(marker["started"])
-    first = next(journal.read(run.events), None)
-    return first["t"] / 1000 if first else run.path.stat().st_mtime
-
-
-def _send_journal(to: Store, run: RunDir, ledger: dict[str, Any], said: Said) -> int:
-    """Send the metrics behind the noted lines, in the journal's order, and note the lines after each call."""
-    lines: dict[str, int] = ledger.setdefault("lines", {})
-    reached = dict(lines)
-    sent, size, chunk = 0, 0, list[Point]()
-    for record in journal.read(run.events):
-        said.take(record)
-        points = list(translate.points(record, said))
-        file = _event_file(run, record)
-        if record["line"] <= lines.get(file, 0):
-            continue
-        for point in points:
-            cost = len(json.dumps(point.name)) + 160  # bytes of the request: the name, and all that is around it
+def _calls(run: RunDir, ledger: Ledger) -> Iterator[tuple[list[Point], dict[str, tuple[int, int]]]]:
+    """Yield the points of one call after the other, each with the line and byte that each file is sent to by then."""
+    reached: dict[str, tuple[int, int]] = {}
+    chunk: list[Point] = []
+    size, costs = 0, dict[str, int]()
+    for line in ledgers.new_lines(run, ledger):
+        for point in _points(line, ledger):
+            name = point.name
+            cost = costs.get(name) or costs.setdefault(name, len(ascii(name)) + 160)  # bytes of JSON, all but the name
             if len(chunk) == MAX_POINTS or size + cost > MAX_BYTES * 0.9:
-                sent += _send_points(to, run, ledger, chunk, reached)
-                size, chunk = 0, []
+                yield chunk, dict(reached)
+                size, chunk, costs = 0, [], costs if len(costs) < MAX_POINTS else {}
             size += cost
             chunk.append(point)
-        reached[file] = record["line"]
-    return sent + _send_points(to, run, ledger, chunk, reached)
+        reached[line.file] = line.number, line.end
+    if chunk or reached:
+        yield chunk, reached
 
 
-def _send_points(
-    to: Store, run: RunDir, ledger: dict[str, Any], points: list[Point], reached: Mapping[str, int]
-) -> int:
+def _points(line: ledgers.Line, ledger: Ledger) -> Iterable[Point]:
+    record = line.found
+    if isinstance(record, Unreadable):
+        ledger.note_unreadable(record)
+    if not isinstance(record, dict):
+        return ()
+    ledger.said.take(record)
+    first_ms = ledger.firsts.setdefault(line.file, record["t"]) if record["kind"] == "sample" else 0
+    return translate.points(record, ledger.said, first_ms)
+
+
+def _send_points(to: Store, run_id: str, points: list[Point]) -> None:
     from mlflow.entities import Metric
 
     if points:
         metrics = [Metric(point.name, point.value, point.t, point.step) for point in points]
-        to.client.log_batch(ledger["run_id"], metrics=metrics, synchronous=True)
-    if ledger["lines"] != reached:
-        ledger["lines"].update(reached)
-        write_json(run.delivered, ledger)
-    return len(points)
+        to.client.log_batch(run_id, metrics=metrics, synchronous=True)
 
 
-def _send_facts(to: Store, mine: Any, params: Mapping[str, Any], tags: Mapping[str, Any], said: Said) -> None:
+def _note(run: RunDir, ledger: Ledger, reached: Mapping[str, tuple[int, int]]) -> None:
+    for file, (line, end) in reached.items():
+        ledger.lines[file], ledger.offsets[file] = line, end
+    ledger.save(run)
+
+
+def _send_facts(to: Store, mine: Any, params: Mapping[str, Any], tags: Mapping[str, Any], ledger: Ledger) -> None:
     """Send the params that MLflow lacks, since it lets none change, and the tags that differ."""
     from mlflow.entities import Param, RunTag
 
+    said = ledger.said
     values = {said.name(name): text(value, MAX_PARAM) for name, value in params.items()}
     labels = {said.name(name): text(value, MAX_TAG) for name, value in tags.items()}
     labels |= {NAME_TAG + name: text(original, MAX_TAG) for name, original in said.originals.items()}
@@ -271,25 +235,32 @@ def _send_state(to: Store, mine: Any, wanted: str, status: Mapping[str, Any]) ->
         to.client.set_terminated(there.run_id, wanted, end_ms)
 
 
-def _send_artifacts(to: Store, run: RunDir, ledger: dict[str, Any]) -> int:
+def _send_artifacts(to: Store, run: RunDir, ledger: Ledger) -> int:
     """Send the files that are new, or changed since they were sent."""
-    noted: dict[str, list[int]] = ledger.setdefault("artifacts", {})
     sent = 0
     for path, now in _artifacts(run):
         key = str(path.relative_to(run.path))
-        if noted.get(key) != now:
-            to.client.log_artifact(ledger["run_id"], str(path), None if path.parent == run.path else path.parent.name)
-            noted[key] = now
+        if ledger.artifacts.get(key) != now:
+            folder = os.path.dirname(key)
+            to.client.log_artifact(ledger.place["run_id"], str(path), folder or None)
+            ledger.artifacts[key] = now
             sent += 1
-            write_json(run.delivered, ledger)
+            ledger.save(run)
     return sent
 
 
 def _artifacts(run: RunDir) -> Iterator[tuple[Path, list[int]]]:
-    """Yield each file that MLflow gets, with its time and size before the upload: what is appended then goes next."""
+    """Yield each file that MLflow gets, with its time and size before the upload: what is appended then goes next.
+
+    The marker and the report come last: whoever sees them there sees all that they are about.
+    """
     notebooks = (run.notebook(0), *sorted(run.path.glob("notebook.*.ipynb")))
-    single = (run.plan, run.script, run.comparison, run.plot, run.path / "report.html")
-    for path in dict.fromkeys((*notebooks, *single, *sorted(run.logs.glob("*")))):
+    logs = (path for path in sorted(run.logs.glob("*")) if path.name != LOG)
+    origin = (run.plan, run.script, run.provenance, run.patch, run.packages)
+    folders = (run.profile, run.model, run.artifacts, run.plots)
+    made = (run.comparison, run.plot, *(path for folder in folders for path in sorted(folder.rglob("*"))))
+    last = (run.status, run.report)
+    for path in dict.fromkeys((*origin, *notebooks, *logs, *made, *last)):
         if path.is_file():
             stat = path.stat()
             yield path, [stat.st_mtime_ns, stat.st_size]

@@ -6,9 +6,10 @@ import math
 import posixpath
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 # MLflow's limits (mlflow/utils/validation.py), in characters.
 MAX_NAME, MAX_PARAM, MAX_TAG = 250, 6000, 8000
@@ -17,11 +18,11 @@ RUN_TAG, PLAN_TAG, NAME_TAG, PARENT_TAG = "hpcml.run", "hpcml.plan", "hpcml.name
 OURS = (RUN_TAG, PLAN_TAG, PARENT_TAG, "mlflow.runName")
 KILLED = ("CANCELLED", "TIMEOUT", "PREEMPTED", "DEADLINE")
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING")
+_GPU_NAME = re.compile(r"gpu(\d+)\.name")
 RESOURCES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb", "time_s")
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One value of a metric: its name in MLflow, the time in milliseconds since the epoch, the step."""
 
     name: str
@@ -40,7 +41,7 @@ class Said:
     originals: dict[str, str] = field(default_factory=dict)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Take in a record; the journal gives rank 0's first. A param keeps its first value, a tag its last."""
+        """Take in a record. A param keeps its first value, a tag rank 0's last, else its first."""
         values = record.get("values")
         if record["kind"] == "params" and isinstance(values, dict):
             self.params = {**values, **self.params}
@@ -57,17 +58,32 @@ class Said:
         return name
 
 
-def points(record: Mapping[str, Any], said: Said) -> Iterator[Point]:
-    """Yield the points of a record; a value, time or step that MLflow has no room for is left out."""
-    step, values, t = record.get("step"), record.get("values"), record["t"]
-    if record["kind"] != "metric" or not isinstance(step, int) or not isinstance(values, dict):
+def points(record: Mapping[str, Any], said: Said, first_ms: int = 0) -> Iterator[Point]:
+    """Yield the points of a record; a value, time or step that MLflow has no room for is left out.
+
+    A ``sample`` becomes ``system/<name>``, which MLflow shows on a page of its own, over whole seconds; a ``profile``
+    becomes ``profile/<name>`` at the last step of its window. Ranks other than 0 have ``rank_<n>/`` before all of that.
+
+    Args:
+        first_ms: time of the first sample in this record's file, in milliseconds since the epoch.
+    """
+    kind, t, rank = record["kind"], record["t"], record["rank"]
+    if kind == "metric":
+        prefix, step, values = "", record.get("step"), record.get("values")
+    elif kind == "sample":
+        prefix, step, values = "system/", max(0, t - first_ms) // 1000, record.get("values")
+    elif kind == "profile":
+        prefix, step, values = "profile/", record.get("last"), record.get("split")
+    else:
+        return
+    if not (isinstance(step, int) and isinstance(values, dict)):
         return
     if not (-(2**63) <= step < 2**63 and 0 <= t < 2**63):
         return
+    prefix = prefix if rank == 0 else f"rank_{rank}/{prefix}"
     for name, value in values.items():
         if isinstance(value, int | float):
-            full = name if record["rank"] == 0 else f"rank_{record['rank']}/{name}"
-            yield Point(said.name(full), double(value), t, step)
+            yield Point(said.name(prefix + name), double(value), t, step)
 
 
 def params(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,16 +99,9 @@ def params(plan: Mapping[str, Any]) -> dict[str, Any]:
 def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) -> dict[str, Any]:
     """Return the tags of a run; the work's own win, but for those that find the run again."""
     compares = plan.get("work") == "comparison"  # its variants have a device and a strategy each
-    devices = [str(name).upper() for name in said.replicas.get("devices") or ()]
-    if said.replicas.get("virtual"):
-        device = "CPU (virtual devices)"
-    elif said.replicas:
-        device = "CPU" if all("CPU" in name for name in devices) else "GPU"
-    else:
-        device = "GPU (requested)" if plan.get("gpus_per_node") else "CPU"
     ours = {
-        "Training device": None if compares else device,
-        "Phase": "Experimental",
+        "Training device": None if compares else device(plan, said),
+        "Phase": "train",
         "strategy": None if compares else plan.get("strategy"),
         "site": plan.get("site"),
         "slurm_job_id": job_id,
@@ -100,6 +109,30 @@ def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) ->
     }
     own = {name: value for name, value in said.tags.items() if name not in OURS}
     return {name: value for name, value in {**ours, **own}.items() if value is not None}
+
+
+def device(plan: Mapping[str, Any], said: Said) -> str:
+    """Return what a run trains on, such as ``2 × NVIDIA A100-SXM4-40GB`` or ``CPU (2 virtual devices)``.
+
+    The number is that of the replicas in sync, before one was reported that of the GPUs requested; the names are those
+    of rank 0's GPUs.
+    """
+    in_sync = said.replicas.get("in_sync")
+    replicas = in_sync if isinstance(in_sync, int) else 0
+    if said.replicas.get("virtual"):
+        return f"CPU ({replicas or 1} virtual device{'s' if replicas > 1 else ''})"
+    trains_on = [str(name).upper() for name in said.replicas.get("devices") or ()]
+    requested = int(plan.get("nodes") or 1) * int(plan.get("gpus_per_node") or 0)
+    if trains_on and all("CPU" in name for name in trains_on):
+        return "CPU"
+    if not said.replicas and not requested:
+        return "CPU"
+    indexed = [(int(hit[1]), str(value)) for key, value in said.params.items() if (hit := _GPU_NAME.fullmatch(key))]
+    names = Counter(name for _, name in sorted(indexed))
+    if len(names) > 1:
+        return ", ".join(f"{count} × {name}" for name, count in names.items())
+    count = replicas or requested or len(indexed)
+    return f"{count or 1} × {next(iter(names), 'GPU')}" + ("" if said.replicas or indexed else " (requested)")
 
 
 def status(state: str) -> str:

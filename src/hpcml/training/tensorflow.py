@@ -9,13 +9,14 @@ import os
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import HpcmlError
 from ..tracking.journal import Journal
+from .profile import ProfiledSteps, Profiler, only_clock
 
 _CALLS = {
     "original": "no strategy",
@@ -25,7 +26,6 @@ _CALLS = {
 _CHATTER = re.compile(
     rb"WARNING: All log messages before absl|I0000 |To enable the following instructions|E0000 .*failed call to cuInit"
 )
-_HEADLINES = ("val_accuracy", "accuracy", "val_loss", "loss")
 
 
 @dataclass(frozen=True)
@@ -177,156 +177,79 @@ def advice(expected: Expected, in_sync: int) -> list[str]:
     return told
 
 
-def callbacks(journal: Journal, expected: Expected, *, global_batch: int, began: float, rank: int) -> list[Any]:
+def callbacks(
+    journal: Journal,
+    expected: Expected,
+    *,
+    global_batch: int,
+    began: float,
+    rank: int,
+    profile: tuple[int, int] | None = None,
+    folder: Path | None = None,
+) -> list[Any]:
     """Return the Keras callbacks that check the replicas and keep the numbers of a ``model.fit``.
 
     They work with Keras 2 (tf-keras) and Keras 3 and add no work to a batch. For each epoch, counted from 1, the
     journal gets what Keras measured and ``lr``, ``epoch_time_s`` (without validation), ``samples_per_s`` (of the whole
     job) and ``step_time_ms``; once, as step 0, ``time_to_first_step_s``. The first epoch holds the building of the graph.
-    ``samples_per_s`` also joins Keras's own logs and so ``History``.
+    ``samples_per_s`` also joins Keras's own logs, rounded, and so ``History``. An epoch that holds a profile gets
+    ``profiled_steps``; these are left out of its speed, except where they are all of it.
 
     Args:
         global_batch: samples of one step on all replicas together.
         began: ``time.perf_counter()`` when the run began.
         rank: of this task; rank 0 speaks for all.
+        profile: first and last step to profile on rank 0, from 1 over the whole training; moved where it lies outside.
+        folder: for the profile, a TensorBoard log folder; without it there is none.
     """
     import tensorflow as tf
+
+    from .recorder import Recorder
 
     base = tf.keras.callbacks.Callback  # Keras 2 and 3 each want their own, known only now
-    kind = type("Recorder", (_Recorder, base), {"legacy": base.__module__.startswith("tf_keras.")})
-    return [kind(journal, expected, global_batch, began, rank)]
+    legacy = base.__module__.startswith("tf_keras.")
+    window = None
+    if profile is not None and folder is not None:
+        tool = profiler(folder, marks=not legacy) if rank == 0 else only_clock(wait_for)
+        window = ProfiledSteps(journal, profile, tool, rank=rank, virtual=expected.virtual)
+    return [
+        type("Recorder", (Recorder, base), {"legacy": legacy})(journal, expected, global_batch, began, rank, window)
+    ]
 
 
-class _Recorder:
-    """The hooks; ``model`` and ``params`` are set by Keras.
+def profiler(folder: Path, *, marks: bool) -> Profiler:
+    """Return TensorFlow's profiler, writing below a TensorBoard log folder.
 
-    No hook for batches: Keras 2 then skips its per-batch calls altogether, and Keras 3 may make them in the background.
+    Args:
+        marks: mark the steps. Keras 3 doesn't; Keras 2 does, and two marks around a step would be counted twice.
     """
-
-    legacy: bool
-    model: Any
-    params: dict[str, Any]
-
-    def __init__(self, journal: Journal, expected: Expected, global_batch: int, began: float, rank: int) -> None:
-        super().__init__()
-        self._journal = journal
-        self._expected = expected
-        self._global_batch = global_batch
-        self._began: float | None = began
-        self._rank = rank
-        self._epoch_began = 0.0
-        self._trained_s: float | None = None
-        self._steps_before = 0
-        self._warned = False
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        strategy = self.model.distribute_strategy
-        in_sync = strategy.num_replicas_in_sync
-        self._journal.write(
-            "replicas",
-            in_sync=in_sync,
-            expected=expected_replicas(self._expected),
-            devices=_devices(strategy),
-            virtual=self._expected.virtual,
-        )
-        check_replicas(self._expected, in_sync)
-        if self._began is None:
-            return
-        if self._rank == 0:
-            for text in advice(self._expected, in_sync):
-                self._journal.message("warning", text)
-                print(f"hpcml: {text}", flush=True)
-        if callable(self.model.train_function):
-            self.model.train_function = self._timed(self.model.train_function)
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._trained_s = None
-        self._steps_before = self._iterations()
-        self._epoch_began = time.perf_counter()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        if self._trained_s is None:
-            self._end_training_part()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._trained_s is None:
-            self._end_training_part()
-        try:
-            self._record(epoch + 1, {} if logs is None else logs)
-        except Exception as error:  # what can't be recorded must not end the training
-            self._warn(error)
-
-    def _record(self, epoch: int, logs: dict[str, Any]) -> None:
-        import numpy as np
-
-        trained_s = self._trained_s or 0.0
-        values = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
-        values["lr"] = _learning_rate(self.model.optimizer)
-        values["epoch_time_s"] = trained_s
-        steps = self._iterations() - self._steps_before or self.params.get("steps") or 0
-        if steps and trained_s > 0:
-            values["samples_per_s"] = logs["samples_per_s"] = steps * self._global_batch / trained_s
-            values["step_time_ms"] = 1000 * trained_s / steps
-        self._journal.metric(epoch, values)
-        if self._rank == 0:
-            total = self.params["epochs"]
-            headline = next((f" {name} {values[name]:.3f}" for name in _HEADLINES if name in values), "")
-            text = f"epoch {epoch}/{total}{headline}"
-            self._journal.write("progress", done=epoch, total=total, unit="epoch", text=text)
-
-    def _warn(self, error: Exception) -> None:
-        text = f"an epoch's numbers are not recorded: {type(error).__name__}: {error}"
-        if self._journal.message("warning", text) and not self._warned:
-            print(f"hpcml: warning: {text}", file=sys.stderr, flush=True)
-        self._warned = True
-
-    def _timed(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Wrap the training step for its first call only; a batch hook would cost something at every batch."""
-
-        def first(iterator: Any) -> Any:
-            self.model.train_function = function
-            logs = function(iterator)
-            _wait_for(logs)
-            if self._began is not None:
-                self._journal.metric(0, {"time_to_first_step_s": time.perf_counter() - self._began})
-                self._began = None
-            return logs
-
-        return first
-
-    def _end_training_part(self) -> None:
-        if not self.legacy:  # Keras 3 gets here before the GPU is done; Keras 2 has read its metrics by then
-            _wait_for([metric.result() for metric in self.model.metrics[:1]])
-        self._trained_s = time.perf_counter() - self._epoch_began
-
-    def _iterations(self) -> int:
-        counter = getattr(getattr(self.model, "optimizer", None), "iterations", None)
-        return 0 if counter is None else int(counter.numpy())
-
-
-def _devices(strategy: Any) -> list[str]:
     import tensorflow as tf
 
-    try:
-        return list(strategy.extended.worker_devices)
-    except RuntimeError:  # the default strategy has none of its own; TensorFlow then places the model on the first
-        found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-        return [device.name for device in found[:1]]
+    def start() -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tf.profiler.experimental.start(str(folder))
+
+    def stop() -> Path:
+        tf.profiler.experimental.stop()
+        written = sorted(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        if not written:
+            raise OSError(f"TensorFlow has written none into {folder}")
+        return written[-1].parent.relative_to(folder.parent)
+
+    def mark(step: int) -> contextlib.AbstractContextManager[Any]:
+        # _r=1: a root event, by which xprof groups into steps (tensorflow/core/profiler: TraceMe "_r")
+        return tf.profiler.experimental.Trace("train", step_num=step, _r=1) if marks else contextlib.nullcontext()
+
+    return Profiler(start, stop, mark, wait_for)
 
 
-def _wait_for(results: Any) -> None:
+def wait_for(results: Any) -> None:
     """Wait until a GPU has computed this: TensorFlow returns as soon as the work is queued."""
     import numpy as np
     import tensorflow as tf
 
     for value in tf.nest.flatten(results)[:1]:
         np.asarray(value)
-
-
-def _learning_rate(optimizer: Any) -> float:
-    rate = optimizer.learning_rate
-    rate = rate(optimizer.iterations) if callable(rate) else rate  # a schedule, in tf.keras.optimizers.legacy
-    return float(rate.numpy() if hasattr(rate, "numpy") else rate)
 
 
 def _gpus_differ(seen: int, given: int, built_with_cuda: bool) -> HpcmlError:

@@ -1,0 +1,164 @@
+"""``hpcml runs prune``: keeps the space that runs take in bounds."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from .. import queue, rundir
+from ..errors import DONE, HpcmlError
+from ..rundir import RunDir
+from . import show
+from .root import json_option, site_option
+
+KEEP = 20
+_AGE_S = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
+
+
+class _Age(click.ParamType[float]):
+    name = "AGE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", str(value).strip())
+        if not match:
+            raise HpcmlError(f"{value!r} is no age", origin="--older-than", allowed="12h, 30d, 8w")
+        return float(match[1]) * _AGE_S[match[2]]
+
+
+@click.command("prune")
+@click.option(
+    "--keep", type=click.IntRange(min=0),
+    help=f"Never delete the newest so many.  [default: {KEEP}; 0 with --max-gb or --older-than]",
+)  # fmt: skip
+@click.option(
+    "--max-gb", type=click.FloatRange(min=0), metavar="GB",
+    help="Delete the oldest until the runs folder takes no more GiB than this.",
+)  # fmt: skip
+@click.option("--older-than", type=_Age(), help="Delete only what ended longer ago, such as 12h, 30d, 8w.")
+@click.option("--light", is_flag=True, help="Of runs that stay, delete profile/. Alone it deletes no run.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+@site_option
+@json_option
+def prune_command(
+    keep: int | None,
+    max_gb: float | None,
+    older_than: float | None,
+    light: bool,
+    yes: bool,
+    site: str | None,
+    as_json: bool,
+) -> int:
+    """Delete the oldest ended runs that MLflow has; a run that is not delivered or not ended is kept.
+
+    With --max-gb and --older-than together a run goes that is too old, and then the oldest until the rest fits.
+    """
+    root = show.root_of(site)
+    tops = [run for run in rundir.every(root) if "/" not in run.id]
+    bounded = max_gb is not None or older_than is not None
+    newest = keep if keep is not None else 0 if bounded else len(tops) if light else KEEP
+    free = _prunable(tops if light else tops[newest:])
+    old = [run for run in tops[newest:] if run in free]
+    doomed = _chosen(root, old, max_gb, older_than) if bounded else old
+    folders = {run.path: _size(run.path) for run in doomed}
+    if light:
+        stay = [run for run in tops if run in free and run not in doomed]
+        folders |= {path: _size(path) for run in stay for path in _profiles(run)}
+    _tell(root, folders, blocked=len(tops[newest:]) - len(old), as_json=as_json)
+    total = sum(folders.values())
+    if max_gb is not None and (left := _size(root) - total) > max_gb * 2**30:
+        click.echo(f"{_words(left)} stay in {root}: nothing more of it may go", err=True)
+    if not folders:
+        return DONE
+    if not yes:
+        click.confirm(f"delete these {_words(total)} from {root}?", abort=True, err=True)
+    for path in folders:
+        _remove(path)
+    click.echo(f"deleted {len(doomed)} run{'s' * (len(doomed) != 1)}, {_words(total)}", err=as_json)
+    return DONE
+
+
+def _prunable(runs: list[RunDir]) -> set[RunDir]:
+    """Those that have ended and are in MLflow, with all that is below them; who can't be told about is not among them."""
+    from ..tracking.mlflow import is_delivered
+
+    states, silence = queue.states_of(runs)
+    if silence is not None:
+        click.echo(f"hpcml: runs that may go on are kept: {silence}", err=True)
+    ended = [run for run, state in zip(runs, states, strict=True) if state.is_final]
+    return {run for run in ended if all(map(is_delivered, [run, *rundir.children(run)]))}
+
+
+def _chosen(root: Path, old: list[RunDir], max_gb: float | None, older_than: float | None) -> list[RunDir]:
+    """Of runs that may go, the newest first, those that are too old and then the oldest until the rest is small enough."""
+    too_old = older_than is not None and {run for run in old if _ended_at(run) < time.time() - older_than}
+    chosen = too_old or set()
+    if max_gb is not None:
+        left = _size(root) - sum(_size(run.path) for run in chosen)
+        for run in reversed(old):
+            if left <= max_gb * 2**30:
+                break
+            if run not in chosen:
+                chosen.add(run)
+                left -= _size(run.path)
+    return [run for run in old if run in chosen]
+
+
+def _ended_at(run: RunDir) -> float:
+    """When a run ended, in seconds since the epoch; without a time in its marker, when its folder last changed."""
+    ended = rundir.read_json(run.status).get("ended")
+    return float(ended) if isinstance(ended, int | float) else run.path.stat().st_mtime
+
+
+def _profiles(run: RunDir) -> Iterator[Path]:
+    for one in (run, *rundir.children(run)):
+        if (one.path / "profile").is_dir():
+            yield one.path / "profile"
+
+
+def _size(folder: Path) -> int:
+    """Bytes that a folder takes on disk, which is what a quota counts; links are not followed."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for path in (parent, *(f"{parent}/{name}" for name in names)):
+            try:
+                now = os.lstat(path)
+            except OSError:
+                continue  # gone meanwhile
+            if (now.st_dev, now.st_ino) not in seen:
+                seen.add((now.st_dev, now.st_ino))
+                total += now.st_blocks * 512
+    return total
+
+
+def _tell(root: Path, folders: dict[Path, int], *, blocked: int, as_json: bool) -> None:
+    if as_json:
+        show.echo_json([{"path": str(path), "bytes": size} for path, size in folders.items()])
+    for path, size in () if as_json else folders.items():
+        click.echo(f"{path.relative_to(root)}  {_words(size)}")
+    if blocked:
+        text = "older run is" if blocked == 1 else "older runs are"
+        click.echo(f"{blocked} {text} kept: not ended, or not delivered (hpcml sync --all)", err=True)
+    if not folders:
+        click.echo(f"nothing to prune in {root}", err=as_json)
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HpcmlError(f"{path} can't be deleted: {error.strerror}", fix="see who owns what is left in it") from None
+
+
+def _words(size: float) -> str:
+    """Bytes as a person reads them."""
+    unit = 0
+    while size >= 1000 and unit < 4:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.{0 if size >= 10 or not unit else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

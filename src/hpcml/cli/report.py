@@ -1,0 +1,81 @@
+"""The report command."""
+
+import os
+from pathlib import Path
+
+import click
+
+from .. import queue, rundir
+from ..errors import DONE, HpcmlError, ServiceSilent
+from . import show
+from .root import json_option, site_option
+
+
+@click.command("report")
+@click.argument("run", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the page there.")
+@site_option
+@json_option
+def report_command(run: str | None, output: Path | None, site: str | None, as_json: bool) -> int:
+    """Report on a run: figures, curves, advice, as text and as one HTML file.
+
+    RUN is a run id, a Slurm id, or left out for the newest. The page needs no network and opens from disk; the plots
+    lie beside it as PNG files.
+    """
+    from .. import report
+    from ..report import facts
+
+    found = rundir.find(show.root_of(site), run)
+    state, reason = _state(found)
+    collected = facts.collect(found, state=state, reason=reason)
+    if as_json:
+        from ..report.advice import advice
+        from ..report.causes import likely_cause
+
+        cause = likely_cause(collected)
+        told = {"advice": [vars(one) for one in advice(collected)], "likely_cause": vars(cause) if cause else None}
+        show.echo_json(collected.to_json() | told)
+    else:
+        from rich.console import Console
+
+        from ..report import terminal
+
+        terminal.text(collected, Console(highlight=False, width=None if _is_wide() else terminal.WIDTH))
+    page = _written(found, report.path_of(found), state, reason)
+    if output and page:
+        _copy(page, output)
+    if not as_json and page:
+        click.echo(f"\n  report    {output or page}")
+    return DONE
+
+
+def _state(found: rundir.RunDir) -> tuple[str, str]:
+    """The state as Slurm tells it; without an answer the run directory's own word stands."""
+    try:
+        state = queue.state_of(found)
+    except (ServiceSilent, HpcmlError) as error:
+        click.echo(f"hpcml: the state is as last known: {str(error).splitlines()[0]}", err=True)
+        return "", ""
+    return state.name, state.reason
+
+
+def _is_wide() -> bool:
+    return os.isatty(1)
+
+
+def _written(found: rundir.RunDir, path: Path, state: str, reason: str) -> Path | None:
+    from .. import report
+
+    try:
+        return report.write(found, state=state, reason=reason)
+    except OSError as error:
+        raise HpcmlError(
+            f"{path} can't be written: {error.strerror}", fix="free space, or -o FILE in a folder that you can write to"
+        ) from None
+
+
+def _copy(page: Path, output: Path) -> None:
+    try:
+        rundir.write_bytes(output.absolute(), page.read_bytes())
+    except OSError as error:
+        raise HpcmlError(f"{output} can't be written: {error.strerror}", origin="-o", fix="name another file") from None

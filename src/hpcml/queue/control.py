@@ -1,0 +1,92 @@
+"""To wait for a run, and to cancel it."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from .. import rundir
+from ..errors import HpcmlError, ServiceSilent
+from ..rundir import RunDir
+from ..slurm import commands
+from .state import State, state_of
+
+POLL_S = 1.0
+
+
+def wait(run: RunDir, tell: Callable[[State], None], poll_s: float = POLL_S) -> State:
+    """Wait until a run has ended and return its state; ``tell`` is called with each new state.
+
+    A controller that does not answer for a while is waited for: the job goes on without it.
+    """
+    last: State | None = None
+    while True:
+        try:
+            state = state_of(run)
+        except ServiceSilent:
+            time.sleep(poll_s)
+            continue
+        if state != last:
+            tell(state)
+            last = state
+        if state.is_final:
+            return state
+        time.sleep(poll_s)
+
+
+def cancel(run: RunDir) -> State:
+    """Cancel a run's Slurm job; a run that has ended already is left as it is.
+
+    Raises:
+        HpcmlError: the run has no Slurm job, or scancel refused.
+    """
+    state = state_of(run)
+    if state.is_final:
+        return state
+    submitted = rundir.read_json(run.submitted)
+    plan = rundir.read_json(run.plan)
+    if plan.get("work") == "session":
+        raise HpcmlError(
+            f"run {run.id} is a process in an allocation, not a job", fix="Ctrl-C where it runs, or end it there"
+        )
+    if state.slurm_job_id is not None and "/" in run.id and rundir.slurm_job_id(run) in (None, state.slurm_job_id):
+        parent = RunDir(run.root, run.id.split("/")[0])
+        if (
+            rundir.slurm_job_id(parent) == state.slurm_job_id
+            and rundir.read_json(parent.plan).get("work") == "comparison"
+        ):
+            raise HpcmlError(
+                f"run {run.id} is a step of a comparison", fix=f"hpcml cancel {parent.id} cancels all of it"
+            )
+    if state.slurm_job_id is not None:
+        with contextlib.suppress(OSError):
+            rundir.write_json(run.submitted, {**submitted, "cancelled": time.time()})
+        in_array = "array_index" in submitted
+        commands.cancel(f"{state.slurm_job_id}_{submitted['array_index']}" if in_array else state.slurm_job_id)
+    elif submitted.get("array"):
+        for index in range(int(submitted["array"])):
+            cancel(run.child(str(index)))
+    elif plan.get("work") == "function":
+        _end_here(run)
+    else:
+        raise HpcmlError(f"run {run.id} is not a Slurm job", fix="it runs in a terminal of yours: Ctrl-C there")
+    return state
+
+
+def _end_here(run: RunDir) -> None:
+    """End a function on this machine: its processes belong to no terminal. One that had not begun gets its marker here."""
+    told: set[int] = set()
+    while not rundir.read_json(run.status).get("final") and rundir.owner_is_alive(run):
+        owner = rundir.read_json(run.owner)
+        if owner["host"] != os.uname().nodename:
+            raise HpcmlError(f"run {run.id} runs on {owner['host']}", fix=f"hpcml cancel {run.id} there")
+        if owner["pid"] not in told:
+            told.add(owner["pid"])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(owner["pid"], signal.SIGTERM)
+        time.sleep(POLL_S / 10)
+    if not rundir.read_json(run.status):
+        now = time.time()
+        marker = {"state": "CANCELLED", "exit_code": 143, "final": True, "reason": "cancelled before it began"}
+        rundir.write_json(run.status, {**marker, "started": now, "ended": now, "restarts": 0})

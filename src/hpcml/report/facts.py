@@ -1,0 +1,286 @@
+"""What is known of a run once it has ended, as one tree of facts, read from its run directory alone."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import plan as plans
+from .. import rundir
+from ..rundir import RunDir, read_json
+from . import logs, records
+from .comparison import Comparison, compare
+from .measured import Measured, measure, plan_of
+from .records import Records
+from .series import Series
+from .settings import Setting, settings_of
+from .usage import Gpu, Usage, gpus_of, usage_of
+
+PARTS = ("input", "host", "device_compute", "communication", "idle")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run ended.
+
+    Attributes:
+        state: Slurm's long name, ``RUNNING``, or ``UNKNOWN``.
+        signal: the signal that asked it to stop, None for none.
+        started, ended: seconds since the epoch; None where unknown. ``elapsed_s`` is what lies between.
+    """
+
+    state: str
+    reason: str = ""
+    exit_code: int | None = None
+    signal: str | None = None
+    failed_rank: int | None = None
+    restarts: int = 0
+    started: float | None = None
+    ended: float | None = None
+    elapsed_s: float | None = None
+
+    @property
+    def completed(self) -> bool:
+        """Whether the work was done."""
+        return self.state == "COMPLETED"
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A time in the queue: for Slurm's reason, from ``since`` (seconds since the epoch)."""
+
+    reason: str
+    since: float
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The way through the queue; ``waited_s`` until the first rank began."""
+
+    slurm_job_id: int | None = None
+    submitted: float | None = None
+    waited_s: float | None = None
+    waits: tuple[Wait, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the time of a step goes, in milliseconds, from a profile of steps ``first`` to ``last``."""
+
+    first: int | None
+    last: int | None
+    step_ms: float | None
+    parts_ms: Mapping[str, float]
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a rank said to a person."""
+
+    level: str
+    text: str
+    rank: int
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All facts of a run.
+
+    Attributes:
+        path: the run directory.
+        plan: as submitted; None where the directory holds none.
+        ranks: ranks that wrote a journal.
+        hosts: where they ran.
+        epochs: when each epoch ended, in seconds since the run began, by number.
+        metrics, telemetry: series on the same clock, seconds since the run began.
+        threads, data, params, provenance: settings with their origins.
+        logs: the last lines of the rank that failed, or of rank 0.
+        comparison: of a run with variants, None for others.
+        lost: records that could not be kept.
+        missing: what could not be told, and why, in words.
+    """
+
+    id: str
+    path: str
+    made: float
+    name: str
+    work: str
+    target: str
+    outcome: Outcome
+    queue: Queue
+    plan: plans.Plan | None
+    measured: Measured
+    ranks: int
+    hosts: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
+    usage: Usage
+    epochs: Mapping[int, float]
+    metrics: tuple[Series, ...]
+    telemetry: tuple[Series, ...]
+    split: Split | None
+    threads: tuple[Setting, ...]
+    data: tuple[Setting, ...]
+    params: tuple[Setting, ...]
+    provenance: tuple[Setting, ...]
+    messages: tuple[Message, ...]
+    logs: tuple[logs.LogEnd, ...]
+    notebook: str | None
+    comparison: Comparison | None
+    lost: int
+    missing: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as plain JSON data; what JSON has no number for is ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+        plain = _plain(dataclasses.asdict(self))
+        assert isinstance(plain, dict)
+        return plain
+
+
+def collect(run: RunDir, *, state: str = "", reason: str = "") -> Report:
+    """Read the facts of a run; what is absent or unreadable is None or empty, never an error.
+
+    Args:
+        state: how it ended where its own end marker does not say, such as Slurm's word on a killed job.
+        reason: likewise.
+    """
+    plan, submitted, found = plan_of(run), read_json(run.submitted), records.read(run)
+    status = records.status_of(run, found)
+    outcome = _outcome(run, status, found, state, reason)
+    begin_s = outcome.started or found.first_s or 0.0
+    telemetry = records.series_of(found.samples, begin_s)
+    measured = dataclasses.replace(measure(run, found), state=outcome.state)
+    gpus = gpus_of(found, telemetry, outcome.elapsed_s)
+    split = _split(found)
+    raw_plan = read_json(run.plan)
+    children = rundir.children(run) if raw_plan.get("work") == "comparison" else []
+    report = Report(
+        id=run.id,
+        path=str(run.path),
+        made=time.time(),
+        name=plan.name if plan else run.id.rsplit("/", 1)[-1],
+        work=plan.work if plan else str(raw_plan.get("work") or "unknown"),
+        target=" ".join(plan.target) if plan else "",
+        outcome=outcome,
+        queue=_queue(run, submitted, outcome),
+        plan=plan,
+        measured=measured,
+        ranks=len({rank for rank, _ in found.metrics} | set(found.params)),
+        hosts=tuple(dict.fromkeys(str(p["host"]) for _, p in sorted(found.params.items()) if p.get("host"))),
+        gpus=gpus,
+        usage=usage_of(plan, outcome.elapsed_s, measured.virtual, found, telemetry, gpus),
+        epochs={n: round(at - begin_s, 3) for n, at in sorted(found.epochs.items()) if n > 0},
+        metrics=records.series_of(found.metrics, begin_s),
+        telemetry=telemetry,
+        split=split,
+        **settings_of(plan, found),
+        messages=_messages(found, begin_s),
+        logs=logs.ends(run, outcome.failed_rank),
+        notebook=str(run.notebook(0)) if run.notebook(0).is_file() else None,
+        comparison=compare(_ordered(children, raw_plan)) if children else None,
+        lost=found.lost + (status["lost"] if isinstance(status.get("lost"), int) else 0),
+        missing=(),
+    )
+    return dataclasses.replace(report, missing=_missing(report))
+
+
+def _ordered(children: list[RunDir], plan: Mapping[str, Any]) -> list[RunDir]:
+    names = list(plan.get("target") or ())
+    place = {name: number for number, name in enumerate(names)}
+    return sorted(children, key=lambda child: place.get(child.id.rsplit("/", 1)[1], len(names)))
+
+
+def _outcome(run: RunDir, status: Mapping[str, Any], found: Records, state: str, reason: str) -> Outcome:
+    marked = str(status.get("state") or "")
+    if status.get("final") or not state:
+        state = marked or ("RUNNING" if rundir.owner_is_alive(run) else "UNKNOWN")
+        reason = str(status.get("reason") or "")
+    if state == "UNKNOWN" and not reason:
+        reason = "no end marker: it was killed, or its node was lost"
+    started, ended = _time(status.get("started")), _time(status.get("ended"))
+    started = started or found.first_s
+    known_end = ended or found.last_s
+    return Outcome(
+        state=state,
+        reason=reason,
+        exit_code=_int(status.get("exit_code")),
+        signal=str(status["signal"]) if status.get("signal") else None,
+        failed_rank=_int(status.get("failed_rank")),
+        restarts=found.restart,
+        started=started,
+        ended=ended,
+        elapsed_s=max(0.0, known_end - started) if started is not None and known_end is not None else None,
+    )
+
+
+def _queue(run: RunDir, submitted: Mapping[str, Any], outcome: Outcome) -> Queue:
+    at = _time(submitted.get("submitted"))
+    told = submitted.get("waits")
+    waits = [
+        Wait(str(wait["reason"]), float(wait["since"]))
+        for wait in (told if isinstance(told, list) else [])
+        if isinstance(wait, dict) and wait.get("reason") and _time(wait.get("since")) is not None
+    ]
+    waited = max(0.0, outcome.started - at) if at is not None and outcome.started is not None else None
+    return Queue(rundir.slurm_job_id(run), at, waited, tuple(waits))
+
+
+def _split(found: Records) -> Split | None:
+    told = [record for record in found.of_kind("profile") if isinstance(record.get("split"), dict)]
+    if not told:
+        return None
+    record, values = told[-1], told[-1]["split"]
+    parts = {part: ms for part in PARTS if (ms := _time(values.get(f"{part}_ms", values.get(part)))) is not None}
+    advice = record.get("advice")
+    lines = advice if isinstance(advice, list) else [advice] if advice else []
+    step = _time(values.get("step_ms", values.get("step")))
+    return Split(_int(record.get("first")), _int(record.get("last")), step, parts, " ".join(map(str, lines)))
+
+
+def _messages(found: Records, begin_s: float) -> tuple[Message, ...]:
+    told = [
+        Message(str(r.get("level") or "info"), str(r.get("text") or ""), r["rank"], round(r["t"] / 1000 - begin_s, 3))
+        for r in found.of_kind("message")
+    ]
+    return tuple(message for message in told if message.text)
+
+
+def _missing(report: Report) -> tuple[str, ...]:
+    """Say plainly what a reader might look for and not find."""
+    if report.comparison:
+        return ()
+    told = []
+    if not report.telemetry:
+        told.append("GPU and CPU curves, peak memory and energy: no telemetry was recorded")
+    elif not report.gpus:
+        told.append("GPU curves: no GPU was seen by the telemetry")
+    if not report.metrics:
+        told.append("training curves: nothing was logged; hpcml.begin() and run.log(step, loss=…) record metrics")
+    if report.split is None:
+        told.append("step-time split: no profile was taken")
+    if report.lost:
+        told.append(f"{report.lost} records: they could not be written (a full disk or quota)")
+    return tuple(told)
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _time(value: object) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return str(value) if isinstance(value, Path) else value

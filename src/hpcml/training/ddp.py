@@ -1,0 +1,210 @@
+"""What makes several torch processes one training: equal weights, a shared batch, a stop that all agree on.
+
+Each check names the ranks and what to do. torch is imported inside the functions.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import rundir
+from ..errors import HpcmlError
+from .tensorflow import Expected
+
+if TYPE_CHECKING:
+    import torch
+
+# All ranks look for the stop file about this often: a collective at every step would hold up a GPU's queue.
+STOP_PERIOD_S = 1.0
+_DDP = "torch.nn.parallel.DistributedDataParallel"
+
+
+def weights_hash(model: "torch.nn.Module") -> bytes:
+    """Return 8 bytes that stand for the parameters, in order, with types and shapes.
+
+    Buffers are left out: the running means of BatchNorm are each rank's own between two broadcasts.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        values = parameter.detach().cpu().contiguous()
+        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()[:8]
+
+
+def same_weights(model: "torch.nn.Module", group: Any = None) -> list[bool]:
+    """Return for each rank of a group whether its weights are rank 0's, bit for bit. A collective: call it on all ranks.
+
+    All-reduce gives every rank the same bits, and so does the optimizer's step after it.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [True]
+    mine = torch.frombuffer(bytearray(weights_hash(model)), dtype=torch.int64).to(collective_device(group))
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    hashes = [int(one.item()) for one in found]
+    return [one == hashes[0] for one in hashes]
+
+
+def check_weights(model: "torch.nn.Module", group: Any = None, *, step: int | None = None) -> None:
+    """Raise, on all ranks, where the ranks' weights differ: their gradients are then not averaged.
+
+    Args:
+        group: the process group; None for the default one, which may be absent in a single process.
+        step: the training step, for the message.
+
+    Raises:
+        HpcmlError: which ranks have other weights than rank 0.
+    """
+    raise_unless_same(same_weights(model, group), step)
+
+
+def raise_unless_same(same: Sequence[bool], step: int | None) -> None:
+    others = [rank for rank, equal in enumerate(same) if not equal]
+    if not others:
+        return
+    one = len(others) == 1
+    when = f" after step {step}" if step is not None else ""
+    raise HpcmlError(
+        f"the weights of rank{'' if one else 's'} {', '.join(map(str, others))} differ from rank 0's{when}: "
+        "the gradients are not averaged, each trains by itself",
+        origin='strategy "ddp"',
+        fix=f"model = {_DDP}(model), call that and not model.module, give the optimizer its parameters, change no weights by "
+        "hand on one rank",
+    )
+
+
+def check_ranks(expected: Expected, model: "torch.nn.Module") -> None:
+    """Raise where the training can't be one of all ranks together, before its first step.
+
+    Raises:
+        HpcmlError: no process group of all tasks, a model that isn't wrapped, or one that is not on the task's GPU.
+    """
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    alone = f"each of the {expected.world} tasks trains the whole job by itself"
+    if world != expected.world:
+        raise HpcmlError(
+            f"{alone}: no process group"
+            if world == 1
+            else f"the process group has {world} ranks, the job {expected.world}",
+            origin='strategy "ddp"',
+            fix='torch.distributed.init_process_group("nccl" or "gloo") after hpcml.begin(), without rank and world_size',
+        )
+    if world > 1 and not any(isinstance(part, DistributedDataParallel) for part in model.modules()):
+        fix = f"model = {_DDP}(model), and hand that to run.epochs()"
+        raise HpcmlError(f"{alone}: the model is not wrapped", origin='strategy "ddp"', fix=fix)
+    places = {parameter.device.type for parameter in model.parameters()}
+    if not expected.virtual and expected.gpus_per_task and places != {"cuda"}:
+        fix = "model.to(run.device) before it is wrapped"
+        raise HpcmlError(f"the model is on {', '.join(sorted(places))}, this task was given a GPU", fix=fix)
+
+
+def check_batch(global_batch: int, world: int, a_rank: int | None = None) -> None:
+    """Raise where the ranks' batches don't make up the global batch.
+
+    Args:
+        a_rank: samples of one rank's batch; None where the loader doesn't tell.
+    """
+    if global_batch % world:
+        lower = global_batch // world * world
+        raise HpcmlError(
+            f"global_batch = {global_batch} can't be shared evenly by {world} ranks",
+            origin="global_batch",
+            allowed=f"a multiple of {world}, such as {lower or world} or {lower + world}",
+        )
+    if a_rank is not None and a_rank * world != global_batch:
+        raise HpcmlError(
+            f"{world} ranks × {a_rank} samples are {world * a_rank} a step, but global_batch = {global_batch}",
+            origin="the DataLoader's batch_size",
+            allowed=f"global_batch // world size: {global_batch // world}",
+        )
+
+
+def check_loader(loader: Any, global_batch: int, world: int) -> str:
+    """Check a DataLoader against the job; returns a warning for a person, or nothing.
+
+    Raises:
+        HpcmlError: batches of another size, none at all, or a sampler for other ranks.
+    """
+    sampler = getattr(loader, "sampler", None)
+    a_rank = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    check_batch(global_batch, world, a_rank if isinstance(a_rank, int) else None)
+    inner = getattr(sampler, "sampler", sampler)  # a BatchSampler holds the one that picks
+    if hasattr(loader, "__len__") and len(loader) == 0:
+        count = len(loader.dataset) if hasattr(getattr(loader, "dataset", None), "__len__") else "too few"
+        raise HpcmlError(
+            f"{count} samples make no whole batch on {world} rank{'s' * (world > 1)}",
+            origin=f"global_batch = {global_batch}",
+            fix="a smaller global_batch, fewer ranks, or more data",
+        )
+    parts = getattr(inner, "num_replicas", None)
+    if parts is not None and parts != world:
+        fix = "DistributedSampler(dataset), without num_replicas, after init_process_group()"
+        raise HpcmlError(f"the sampler shares the data among {parts} ranks, the job has {world}", fix=fix)
+    if parts is None and world > 1:
+        return (
+            "the DataLoader has no DistributedSampler: unless the data is shared out elsewhere, all ranks see all of it"
+        )
+    return ""
+
+
+class Stop:
+    """Whether a run is asked to stop, agreed by all ranks on the same step."""
+
+    def __init__(self, path: Path, restart: int = 0, period_s: float = STOP_PERIOD_S) -> None:
+        """Args: path: the run's stop file, which counts for this restart only. period_s: how often to look, about."""
+        self._path, self._restart, self._period_s = path, restart, period_s
+        self._step, self._last, self._next = 0, 0, 1
+        self._since = time.perf_counter()
+        self.agreed = False
+
+    def asked(self) -> bool:
+        """Call once a step on all ranks; True on all from the same call on. At most every ``period_s`` it is a collective."""
+        self._step += 1
+        if self.agreed or self._step < self._next:
+            return self.agreed
+        now = time.perf_counter()
+        steps = self._step - self._last
+        # At most twice as many as the last time: the first steps say little about the others.
+        every = max(1, min(2 * steps, int(self._period_s * steps / max(now - self._since, 1e-9))))
+        here = rundir.read_json(self._path).get("restart") == self._restart
+        self.agreed, every = _agree(here, every)
+        self._last, self._next, self._since = self._step, self._step + every, now
+        return self.agreed
+
+    @property
+    def signal(self) -> str:
+        """What asked, as far as this rank can see."""
+        return str(rundir.read_json(self._path).get("signal", "another rank's stop file"))
+
+
+def _agree(here: bool, every: int) -> tuple[bool, int]:
+    """Return whether any rank is asked to stop, and the smallest number of steps until the next look."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return here, every
+    flags = torch.tensor([int(here), -every], dtype=torch.int64, device=collective_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    stop, negative = flags.tolist()
+    return bool(stop), -negative
+
+
+def collective_device(group: Any = None) -> "torch.device":
+    """Where tensors must lie for a group's collectives: NCCL knows GPUs only."""
+    import torch
+    import torch.distributed as dist
+
+    with_cpu = "gloo" in str(dist.get_backend(group)) or "mpi" in str(dist.get_backend(group))
+    return torch.device("cpu") if with_cpu else torch.device("cuda", torch.cuda.current_device())

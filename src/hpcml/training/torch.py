@@ -1,0 +1,256 @@
+"""torch, thinly: the device and threads before it starts, a check that the ranks train together, numbers into the journal.
+
+The process group, ``DistributedDataParallel`` and the loop stay in the notebook as plain PyTorch; this module counts its
+steps and compares the ranks. torch is imported inside the functions.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import HpcmlError
+from ..tracking.journal import Journal
+from .ddp import Stop, check_batch, check_loader, check_ranks, collective_device, raise_unless_same, same_weights
+from .tensorflow import Expected
+
+if TYPE_CHECKING:
+    import torch
+
+Batch = TypeVar("Batch")
+
+# The weights are compared after these steps: gradients that are not averaged differ at once, those that are averaged
+# only at some steps (no_sync, accumulation) by the tenth. The end of the first epoch is the third time.
+CHECKED_STEPS = (1, 10)
+_HEADLINES = ("val_accuracy", "accuracy", "val_loss", "loss")
+
+
+def choose_device(expected: Expected, seen: int, *, built_with_cuda: bool = True) -> str:
+    """Return the name of this rank's device: ``cuda:0`` or ``cpu``.
+
+    ``begin`` has cut CUDA_VISIBLE_DEVICES down to this task's own GPU, so it is number 0, whether or not cgroups hide
+    the other tasks' GPUs; the local rank doesn't count.
+
+    Args:
+        seen: GPUs that torch sees.
+
+    Raises:
+        HpcmlError: torch doesn't see the GPU that was given, or one process was given several.
+    """
+    if expected.virtual or not expected.gpus_per_task:
+        return "cpu"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    origin = f"CUDA_VISIBLE_DEVICES={visible}" if visible is not None else "CUDA_VISIBLE_DEVICES is not set"
+    if expected.gpus_per_task > 1:
+        raise HpcmlError(
+            f"this process was given {expected.gpus_per_task} GPUs, but DistributedDataParallel takes one process for each",
+            origin=origin,
+            fix="as many tasks as GPUs: tasks_per_node = gpus_per_node in the job, srun --ntasks-per-node=…, or torchrun "
+            "--nproc-per-node=…",
+        )
+    if seen == 1:
+        return "cuda:0"
+    what = f"torch sees {seen} GPUs, this task was given 1"
+    if seen > 1:
+        raise HpcmlError(what, origin=origin, fix="leave CUDA_VISIBLE_DEVICES as hpcml.begin() set it")
+    if not built_with_cuda:
+        what += "; this torch is built for CPUs only and cannot see any"
+    raise HpcmlError(
+        what,
+        origin=origin,
+        allowed="GPUs that were allocated must be used: never a silent run on CPUs",
+        fix="pip install -r envs/torch/requirements.txt into the environment of the job, and check that nvidia-smi lists "
+        "the GPU there; or HPCML_DEVICES=cpu for a rehearsal on CPUs",
+    )
+
+
+def device(expected: Expected) -> "torch.device":
+    """Return this rank's device; see ``choose_device``."""
+    import torch
+
+    return torch.device(choose_device(expected, torch.cuda.device_count(), built_with_cuda=_with_cuda()))
+
+
+def configure(expected: Expected, threads: Mapping[str, str]) -> "torch.device":
+    """Give torch its threads and make this rank's device the current one; returns it.
+
+    Args:
+        threads: ``OMP_NUM_THREADS`` and ``TF_NUM_INTEROP_THREADS`` as decided for this task: within an operation, and
+            operations at once.
+
+    Raises:
+        HpcmlError: torch is not installed, or the device can't be had.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        fix = "pip install -r envs/torch/requirements.txt into the environment of the job"
+        raise HpcmlError(f'strategy "ddp" needs torch: {error}', fix=fix) from None
+    torch.set_num_threads(int(threads["OMP_NUM_THREADS"].split(",")[0]))
+    torch.set_num_interop_threads(int(threads["TF_NUM_INTEROP_THREADS"]))
+    chosen = device(expected)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # NCCL and a bare .cuda() take the current one
+    return chosen
+
+
+class Training:
+    """The epochs and steps of one training loop: checks first, then counts and keeps times.
+
+    Attributes:
+        samples_per_s: of the whole job, for each epoch so far.
+        stop: whether it was asked to stop.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        expected: Expected,
+        place: "torch.device",
+        *,
+        model: "torch.nn.Module",
+        epochs: int,
+        global_batch: int,
+        began: float,
+        rank: int,
+        stop: Stop,
+        logged: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Check what can be known before the first step.
+
+        Args:
+            began: ``time.perf_counter()`` when the run began.
+            logged: returns the metrics that the notebook logged last.
+
+        Raises:
+            HpcmlError: this is no training by all ranks together, or the global batch can't be shared by them.
+        """
+        check_ranks(expected, model)
+        check_batch(global_batch, expected.world)
+        self._journal, self._expected, self._place = journal, expected, place
+        self._model, self._epochs, self._global_batch = model, epochs, global_batch
+        self._began, self._rank, self._logged = began, rank, logged
+        self._step = self._epoch = 0
+        self._loaders_checked = False
+        self._trained = (0, 0.0)  # steps and seconds that are not recorded yet
+        self.stop = stop
+        self.samples_per_s: list[float] = []
+        if rank == 0 and expected.virtual:
+            for text in advice(expected):
+                self._say("warning", text)
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the epochs' numbers, from 1; fewer where all ranks agreed to stop."""
+        for epoch in range(1, self._epochs + 1):
+            self._epoch = epoch
+            yield epoch
+            self._record()
+            if epoch == 1 and self._step and self._step not in CHECKED_STEPS:
+                self._compare()
+            if self._rank == 0:
+                values = self._logged()
+                headline = next((f" {name} {float(values[name]):.3f}" for name in _HEADLINES if name in values), "")
+                text = f"epoch {epoch}/{self._epochs}{headline}"
+                self._journal.write("progress", done=epoch, total=self._epochs, unit="epoch", text=text)
+            if self.stop.agreed:
+                return
+
+    def steps(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield a loader's batches; a step is over when the next batch is asked for.
+
+        Raises:
+            HpcmlError: the ranks' weights differ, or the loaders don't fit the job.
+        """
+        if not self._loaders_checked:
+            self._check_loaders(loader)
+        self._synchronize()
+        began, left_out_s, done = time.perf_counter(), 0.0, 0
+        try:
+            for batch in loader:
+                yield batch
+                self._step, done = self._step + 1, done + 1
+                if self._step in CHECKED_STEPS:
+                    left_out_s += self._compare()
+                if self.stop.asked():
+                    if self._rank == 0:
+                        self._say(
+                            "info", f"stopped after step {self._step}, in epoch {self._epoch}: {self.stop.signal}"
+                        )
+                    break
+            self._synchronize()
+        finally:  # a loop that is left by break has had these steps too; epochs() records them
+            self._trained = done, time.perf_counter() - began - left_out_s
+        self._record()
+
+    def _record(self) -> None:
+        """Keep the speed of the steps since the last time; the first epoch holds the warm-up."""
+        (steps, trained_s), self._trained = self._trained, (0, 0.0)
+        if not steps or trained_s <= 0:
+            return
+        speed = steps * self._global_batch / trained_s
+        self.samples_per_s.append(speed)
+        values = {"epoch_time_s": trained_s, "samples_per_s": speed, "step_time_ms": 1000 * trained_s / steps}
+        self._journal.metric(self._epoch, values)
+
+    def _compare(self) -> float:
+        """Compare the ranks' weights; returns the seconds that it took."""
+        self._synchronize()
+        began = time.perf_counter()
+        if self._step == CHECKED_STEPS[0]:
+            self._journal.metric(0, {"time_to_first_step_s": began - self._began})
+        same = same_weights(self._model)
+        if self._step == CHECKED_STEPS[0]:
+            self._journal.write(
+                "replicas",
+                in_sync=same.count(same[self._rank]),
+                expected=self._expected.world,
+                devices=[str(self._place)],
+                virtual=self._expected.virtual,
+            )
+        raise_unless_same(same, self._step)
+        return time.perf_counter() - began
+
+    def _check_loaders(self, loader: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        warning = check_loader(loader, self._global_batch, self._expected.world)
+        if warning and self._rank == 0:
+            self._say("warning", warning)
+        if dist.is_initialized():
+            mine = torch.tensor([len(loader) if hasattr(loader, "__len__") else -1], device=collective_device())
+            found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(found, mine)
+            counts = [int(one.item()) for one in found]
+            if len(set(counts)) > 1:
+                fix = "DistributedSampler, or drop_last=True in the DataLoader"
+                raise HpcmlError(f"the ranks have {counts} batches an epoch; they would wait for each other", fix=fix)
+        self._loaders_checked = True
+
+    def _synchronize(self) -> None:
+        """Wait for the GPU: torch returns as soon as the work is queued."""
+        if self._place.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._place)
+
+    def _say(self, level: str, text: str) -> None:
+        self._journal.message(level, text)
+        print(f"hpcml: {text}", file=sys.stderr if level == "warning" else sys.stdout, flush=True)
+
+
+def advice(expected: Expected) -> list[str]:
+    """Return what a person should know about a rehearsal on CPUs."""
+    told = []
+    if expected.world == 1 and expected.virtual_devices > 1:
+        told.append("DistributedDataParallel has one replica for each process: to rehearse two, run two tasks")
+    if expected.world > 1:
+        told.append("ranks on CPUs share this machine's cores: they show that it works, not how fast; no speed-up")
+    return told
+
+
+def _with_cuda() -> bool:
+    import torch
+
+    return torch.version.cuda is not None or torch.version.hip is not None

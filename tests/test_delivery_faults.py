@@ -1,0 +1,538 @@
+"""Delivery in the background against the real MLflow server: every fault of the server and of the follower itself.
+
+After each of them MLflow holds exactly what the journal says: its SQLite file is read directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import io
+import json
+import math
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
+
+from hpcml import job, plan, site
+from hpcml.cli.show import tell_unreadable
+from hpcml.rundir import RunDir, claim, read_json, write_json
+from hpcml.tracking import follow, store
+from hpcml.tracking.mlflow import LOG, deliver, is_delivered, noted
+
+SRC = str(Path(follow.__file__).parents[2])
+NEW = float(sys.float_info.max)
+# What MLflow's store keeps of a value: infinities as its largest numbers, NaN by a flag.
+KEPT = {math.inf: (NEW, 0), -math.inf: (-NEW, 0)}
+Stored = list[tuple[str, int, int, float, int]]
+
+
+class Server:
+    """A real MLflow server over an SQLite file, which can be killed, stopped and started again at its port."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder, self.words = folder, words
+        self.database = folder / "mlflow.db"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}", *self.words]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        own = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "log").open("ab") as log:
+            self.child = subprocess.Popen(
+                command, cwd=self.folder, env={**os.environ, **own}, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while not self.answers():
+            assert self.child.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, number)  # its own session: the server and its worker
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.child.wait(30)
+
+    def stored(self, experiment: str) -> Stored:
+        """All points of an experiment's MLflow runs, as they lie in the database."""
+        query = """SELECT key, step, timestamp, value, is_nan FROM metrics WHERE run_uuid IN (SELECT run_uuid FROM runs
+            JOIN experiments USING (experiment_id) WHERE experiments.name = ?)"""
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=60)) as connection:
+            return sorted(connection.execute(query, (experiment,)).fetchall())
+
+    def count(self, experiment: str) -> int:
+        return len(self.stored(experiment))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(running: Server) -> Iterator[Server]:
+    """The server, alive before each test whatever the last one did to it."""
+    running.signal(signal.SIGCONT)
+    if running.child.poll() is not None:
+        running.start()
+    yield running
+    running.signal(signal.SIGCONT)
+
+
+class Door(http.server.ThreadingHTTPServer):
+    """Passes requests on to the server, or answers with a code, or never."""
+
+    daemon_threads = True
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), Pass)
+        self.upstream, self.uri = urlsplit(upstream).netloc, f"http://127.0.0.1:{self.server_address[1]}"
+        self.code = 0
+        self.hangs_on = "nothing"
+        self.opened = threading.Event()
+
+
+class Pass(http.server.BaseHTTPRequestHandler):
+    server: Door
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.code:
+            self.send_error(self.server.code, "computer says no")
+            return
+        if self.server.hangs_on in self.path:
+            self.server.opened.wait(60)
+            self.close_connection = True
+            return
+        onward = http.client.HTTPConnection(self.server.upstream)
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
+        onward.request(self.command, self.path, body, headers)
+        answer = onward.getresponse()
+        content = answer.read()
+        onward.close()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def door(server: Server) -> Iterator[Door]:
+    with Door(server.uri) as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield made
+        made.opened.set()
+        made.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
+    """A run that goes on, in an experiment of the test's own."""
+    made = RunDir(tmp_path / "runs", "20250101-120000-faults").make()
+    keys = {"name": "faults", "command": ["true"], "experiment": experiment_of(request)}
+    write_json(made.plan, plan.resolve(job.from_tree(keys, {}, tmp_path), site.load("local")).to_json())
+    made.log(0).write_text("epoch 1\n")
+    made.log(1).touch()
+    return made
+
+
+def experiment_of(request: pytest.FixtureRequest) -> str:
+    return str(request.node.name)
+
+
+@pytest.fixture
+def experiment(request: pytest.FixtureRequest) -> str:
+    return experiment_of(request)
+
+
+def write(run: RunDir, steps: range, rank: int = 0, values: Callable[[int], dict[str, float]] | None = None) -> None:
+    """Append metrics as the journal does, two points a step."""
+    made = values or (lambda step: {"loss": 1 / (step + 1), "accuracy": step / 1000})
+    lines = ({"t": 1_700_000_000_000 + step, "kind": "metric", "step": step, "values": made(step)} for step in steps)
+    with run.event_file(rank, 0, "rank").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def journal_of(run: RunDir) -> Stored:
+    """What MLflow has to hold: each point of the journal once."""
+    points = set()
+    for path in run.events.glob("*.rank.jsonl"):
+        rank = path.name.split(".")[0]
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                for name, value in record["values"].items():
+                    key = name if rank == "0" else f"rank_{rank}/{name}"
+                    kept = (0.0, 1) if math.isnan(value) else KEPT.get(value, (float(value), 0))
+                    points.add((key, record["step"], record["t"], *kept))
+    return sorted(points)
+
+
+def end(run: RunDir) -> None:
+    write_json(run.status, {"state": "COMPLETED", "exit_code": 0, "final": True, "ended": time.time()})
+
+
+def sync(run: RunDir, uri: str) -> None:
+    """What `hpcml sync` does at last."""
+    deliver(run, uri)
+    assert is_delivered(run, uri)
+
+
+def follower(run: RunDir, uri: str, every_s: float = 0.05, *words: str) -> subprocess.Popen[bytes]:
+    """Start a follower as its own process, faster than it is."""
+    code = f"import sys; from hpcml.tracking import follow; follow.EVERY_S = {every_s}; follow.SHARE = 1.0\n"
+    code += "follow.stand_back = lambda: None\n"  # a busy machine would hold it up
+    code += "follow.LONGEST_PAUSE_S = 0.2; sys.exit(follow.main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": SRC, "MLFLOW_TRACKING_URI": uri}
+    return subprocess.Popen([sys.executable, "-c", code, *words, str(run.root), run.id], env=environment)
+
+
+def eventually(true: Callable[[], bool], child: subprocess.Popen[bytes] | None = None, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "not in time"
+        assert child is None or child.poll() is None, f"ended with {child.returncode}"
+        time.sleep(0.01)
+
+
+def step(run: RunDir, uri: str) -> tuple[follow.Follower, io.StringIO]:
+    log = io.StringIO()
+    return follow.Follower(run, uri, log), log
+
+
+# ---- in the background -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_arrives_while_it_goes_on(run: RunDir, server: Server, experiment: str) -> None:
+    child = follower(run, server.uri)
+    for until in (10, 30):
+        write(run, range(until - 10, until))
+        eventually(lambda: server.stored(experiment) == journal_of(run), child)
+    assert child.poll() is None
+    write(run, range(30, 40))
+    end(run)
+    assert child.wait(60) == 0
+    assert server.stored(experiment) == journal_of(run) and is_delivered(run, server.uri)
+    assert (run.logs / LOG).read_text() == ""
+
+
+def test_the_starter_lets_it_deliver_once_more(run: RunDir, server: Server, experiment: str) -> None:
+    secret = server.uri.replace("http://", "http://ann:secret@")
+    child = follow.start(run, secret)
+    assert child is not None
+    assert b"secret" not in Path(f"/proc/{child.pid}/cmdline").read_bytes()
+    write(run, range(5))
+    end(run)
+    for number in (signal.SIGTERM, signal.SIGINT):  # Slurm's, to all of a step: before Python is up it may end it
+        eventually(lambda number=number: _ignores(child.pid, number), child)  # type: ignore[misc]
+        child.send_signal(number)
+    assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
+    assert os.getpriority(os.PRIO_PROCESS, child.pid) == follow.NICE
+    assert follow.finish(child, 240) and follow.finish(child)
+    assert server.stored(experiment) == journal_of(run) and is_delivered(run, server.uri)
+
+
+def _ignores(pid: int, number: int) -> bool:
+    line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("SigIgn"))
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_it_ends_with_a_starter_that_was_killed(run: RunDir, server: Server, experiment: str) -> None:
+    write(run, range(5))
+    code = (
+        "import os, sys; from pathlib import Path; from hpcml.rundir import RunDir; from hpcml.tracking import follow\n"
+    )
+    code += "print(follow.start(RunDir(Path(sys.argv[1]), sys.argv[2]), sys.argv[3]).pid, flush=True)\n"
+    code += "os.kill(os.getpid(), 9)"
+    words = [sys.executable, "-c", code, str(run.root), run.id, server.uri]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": SRC}, capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    eventually(lambda: _is_gone(pid), seconds=240)
+    assert server.stored(experiment) == journal_of(run)
+
+
+def _is_gone(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):  # in a container nobody may reap it
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    return True
+
+
+def test_without_a_starter_it_ends_with_the_owner(run: RunDir, server: Server, experiment: str) -> None:
+    owner = subprocess.Popen(["sleep", "600"])
+    claim(run, owner.pid)
+    write(run, range(5))
+    child = follower(run, server.uri)
+    eventually(lambda: server.count(experiment) == 10, child)
+    write(run, range(5, 8))
+    owner.kill()
+    owner.wait()
+    assert child.wait(60) == 0
+    assert server.stored(experiment) == journal_of(run)
+
+
+def test_a_store_that_never_answers_does_not_hold_the_starter(run: RunDir) -> None:
+    write(run, range(5))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        child = follow.start(run, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert child is not None
+        assert child.stdin is not None
+        child.stdin.close()
+        silent.settimeout(60)
+        connection, _ = silent.accept()  # it has asked, and waits
+        with connection:
+            assert not follow.finish(child, 0.1)
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_variants_of_a_comparison_are_followed(run: RunDir, server: Server, experiment: str) -> None:
+    variant = run.child("mirrored").make()
+    write_json(variant.plan, read_json(run.plan))
+    child = follower(run, server.uri)
+    write(variant, range(5))
+    eventually(lambda: server.stored(experiment) == journal_of(variant), child)
+    end(variant)
+    end(run)
+    assert child.wait(60) == 0
+    assert is_delivered(variant, server.uri) and is_delivered(run, server.uri)
+
+
+# ---- faults of the server ----------------------------------------------------------------------------------------------
+
+
+def test_refused_then_there(run: RunDir, server: Server, experiment: str) -> None:
+    server.kill()
+    one, log = step(run, server.uri)
+    write(run, range(700))
+    pauses = [one.step() for _ in range(6)]
+    assert pauses == sorted(pauses) and pauses[0] > follow.EVERY_S and pauses[-1] == follow.LONGEST_PAUSE_S
+    assert log.getvalue().count("hpcml sync") == 1  # an outage of a night is one entry
+    server.start()
+    assert one.step() < follow.LONGEST_PAUSE_S
+    assert "delivers again, after 6 failures" in log.getvalue()
+    assert server.stored(experiment) == journal_of(run)
+
+
+def test_a_server_that_hangs(run: RunDir, server: Server, experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ANSWER_S", 1)
+    one, log = step(run, server.uri)
+    write(run, range(10))
+    one.step()
+    server.signal(signal.SIGSTOP)
+    write(run, range(10, 20))
+    assert one.step() > follow.EVERY_S
+    assert "imed out" in log.getvalue()
+    server.signal(signal.SIGCONT)
+    one.step()
+    assert server.stored(experiment) == journal_of(run)
+
+
+def test_a_server_that_hangs_in_mid_batch(
+    run: RunDir, server: Server, door: Door, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CALL_S", 1)
+    one, log = step(run, door.uri)
+    write(run, range(1200))
+    door.hangs_on = "log-batch"
+    assert one.step() > follow.EVERY_S and "imed out" in log.getvalue()
+    door.hangs_on = "nothing"
+    monkeypatch.undo()
+    one.step()
+    assert server.stored(experiment) == journal_of(run)
+
+
+@pytest.mark.parametrize("code", [500, 502, 401, 403])
+def test_a_server_that_refuses(run: RunDir, server: Server, door: Door, experiment: str, code: int) -> None:
+    one, log = step(run, door.uri)
+    write(run, range(10))
+    door.code = code
+    assert one.step() > follow.EVERY_S and str(code) in log.getvalue()
+    door.code = 0
+    one.step()
+    assert server.stored(experiment) == journal_of(run)
+
+
+def test_wrong_credentials_at_a_server_with_logins(
+    run: RunDir, tmp_path: Path, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flask_wtf", reason="needs mlflow[auth]")
+    ini = tmp_path / "auth.ini"
+    ini.write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{tmp_path}/auth.db\nadmin_username = ann\n"
+        "admin_password = a-long-password\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    monkeypatch.setenv("MLFLOW_AUTH_CONFIG_PATH", str(ini))
+    monkeypatch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "of the test")
+    folder = tmp_path / "server"
+    folder.mkdir()
+    guarded = Server(folder, "--app-name", "basic-auth")
+    try:
+        write(run, range(10))
+        one, log = step(run, guarded.uri.replace("//", "//ann:wrong-password@"))
+        assert one.step() > follow.EVERY_S and "401" in log.getvalue() and "wrong-password" not in log.getvalue()
+        one.uri = guarded.uri.replace("//", "//ann:a-long-password@")
+        one.step()
+        assert guarded.stored(experiment) == journal_of(run)
+        assert "a-long-password" not in run.delivered.read_text()
+    finally:
+        guarded.kill()
+
+
+def test_an_experiment_that_was_deleted_and_restored(run: RunDir, server: Server, experiment: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=server.uri)
+    one, log = step(run, server.uri)
+    write(run, range(10))
+    one.step()
+    number = client.get_experiment_by_name(experiment).experiment_id
+    client.delete_experiment(number)
+    write(run, range(10, 20))
+    assert one.step() > follow.EVERY_S
+    assert f"mlflow experiments restore --experiment-id {number}" in log.getvalue()
+    client.restore_experiment(number)
+    one.step()
+    assert server.stored(experiment) == journal_of(run)
+
+
+def test_a_server_killed_in_mid_batch_and_started_again(run: RunDir, server: Server, experiment: str) -> None:
+    write(run, range(6000))
+    child = follower(run, server.uri)
+    eventually(lambda: server.count(experiment) > 0, child)
+    server.kill()
+    assert 0 < server.count(experiment) < 12_000
+    server.start()
+    end(run)
+    child.wait(120)  # its last try may have met the dead server
+    sync(run, server.uri)
+    assert server.stored(experiment) == journal_of(run)
+
+
+# ---- faults of the follower --------------------------------------------------------------------------------------------
+
+
+def test_a_follower_killed_at_any_moment(run: RunDir, server: Server, experiment: str) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    generator = random.Random(seed)
+    odd = [math.nan, math.inf, -math.inf, -0.0, 0.5]
+    write(run, range(4000))
+    write(run, range(2000), rank=1, values=lambda step: {"größe": odd[step % 5], "loss": odd[step % 5]})
+    for _ in range(4):
+        before = server.count(experiment)
+        child = follower(run, server.uri)
+        more = generator.randrange(3000)
+        eventually(lambda before=before, more=more: server.count(experiment) > min(11_000, before + more), child)  # type: ignore[misc]
+        time.sleep(generator.random() * 0.05)  # somewhere between two calls, or in one
+        child.kill()
+        child.wait()
+    end(run)
+    sync(run, server.uri)
+    assert server.stored(experiment) == journal_of(run)
+    assert len(server.stored(experiment)) == 12_000
+
+
+def test_a_call_that_was_stored_and_never_noted_is_sent_again(run: RunDir, server: Server, experiment: str) -> None:
+    odd = [math.nan, math.inf, -math.inf, -0.0, 0.0]
+    write(run, range(700), values=lambda step: {"loss": odd[step % 5], "accuracy": math.nan})
+    write(run, range(10), values=lambda step: {"loss": odd[step % 5]})  # the same points again
+    empty = deliver(run, server.uri)
+    run.delivered.unlink()  # as if killed before each note
+    again = deliver(run, server.uri)
+    assert (again.run_id, again.points) == (empty.run_id, 1410)
+    there, wanted = server.stored(experiment), journal_of(run)
+    assert len(there) == len(wanted) == 1400 and there == wanted
+
+
+# ---- a journal full of garbage -----------------------------------------------------------------------------------------
+
+
+def test_garbage_is_named_and_all_else_arrives(
+    run: RunDir, server: Server, experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, range(3))
+    garbage = [b"\xff\xfe\0\n", b"[1, 2]\n", b'{"t": "x"}\n', b"[" * 100_000 + b"\n", b"\n", b'{"kind": "metric"}\n']
+    with run.event_file(0, 0, "rank").open("ab") as file:
+        file.writelines(garbage)
+    write(run, range(3, 6))
+    with run.event_file(0, 0, "rank").open("ab") as file:
+        file.write(b'{"t": 1, "kind": "met')  # torn: still being written, or cut off for good
+    end(run)
+    sent = deliver(run, server.uri)
+    assert sent.points == 12 and [line for _, line, _ in sent.unreadable] == [4, 5, 6, 7, 9]
+    assert len(server.stored(experiment)) == 12
+    for _ in range(2):  # it is said each time
+        assert tell_unreadable(run) == 5
+        said = capsys.readouterr().err
+        assert f"{run.event_file(0, 0, 'rank')} line 4 is no record" in said and "line 9 is no record" in said
+    assert is_delivered(run, server.uri)
+    with run.event_file(0, 0, "rank").open("ab") as file:
+        file.write(b"\n" * 3 + b"junk\n" * 30)
+    assert not is_delivered(run, server.uri)
+    again = deliver(run, server.uri)
+    assert (again.points, again.skipped, len(noted(run).unreadable)) == (0, 36, 20)
+    tell_unreadable(run)
+    assert "16 lines more" in capsys.readouterr().err
+
+
+def test_a_foreign_line_of_any_length_takes_bounded_memory(
+    run: RunDir, server: Server, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpcml.tracking.journal import reader
+
+    monkeypatch.setattr(reader, "MAX_LINE", 4096)
+    write(run, range(3))
+    with run.event_file(0, 0, "rank").open("ab") as file:
+        file.write(b"x" * 4096 + b"\n" + b"y" * 100_000 + b"\n" + b"z" * 4095 + b"\n")
+    write(run, range(3, 6))
+    assert [line for _, line, _ in deliver(run, server.uri).unreadable] == [4, 5, 6]
+    assert server.stored(experiment) == journal_of(run)
+
+
+def test_a_ledger_that_is_garbage_costs_time_and_no_point(run: RunDir, server: Server, experiment: str) -> None:
+    write(run, range(6))
+    first: Any = deliver(run, server.uri)
+    for text in ("{", "[]", '{"offsets": {}}'):
+        run.delivered.write_text(text)
+        assert deliver(run, server.uri).run_id == first.run_id
+    assert server.stored(experiment) == journal_of(run)
