@@ -105,10 +105,20 @@ def test_cores_and_time_to_ask_for(tmp_path: Path) -> None:
     assert found == ["cpus_per_task = 4", 'time = "00:25:00"']  # 6 / 2 × 1.25; 1000 s × 1.5 in whole 5 minutes
 
 
-@pytest.mark.parametrize(("busy", "lines"), [(20.0, ["gpus_per_node = 1"]), (85.0, [])])
-def test_gpus_to_ask_for(tmp_path: Path, busy: float, lines: list[str]) -> None:
-    run = samples.telemetry(samples.a_run(tmp_path, gpus_per_node=2), 60, busy=busy)
-    assert [line for line in lines_of(samples.end(run)) if "gpus" in line] == lines
+@pytest.mark.parametrize(
+    ("busy", "asked", "lines"),
+    [
+        (25.0, {"gpus_per_node": 2}, ["gpus_per_node = 1"]),
+        (85.0, {"gpus_per_node": 2}, []),
+        (25.0, {"gpus_per_node": 8, "tasks_per_node": 8}, ["gpus_per_node = 4", "tasks_per_node = 4"]),
+        (25.0, {"gpus_per_node": 8, "tasks_per_node": 4, "cpus_per_task": 4}, ["gpus_per_node = 4"]),
+        (25.0, {"gpus_per_node": 2, "nodes": 4}, ["nodes = 2"]),
+    ],
+)
+def test_gpus_to_ask_for(tmp_path: Path, busy: float, asked: dict[str, int], lines: list[str]) -> None:
+    run = samples.telemetry(samples.a_run(tmp_path, **asked), 60, busy=busy)  # 60 s hold one dip: about 23 % on average
+    found = [line for line in lines_of(samples.end(run)) if line.startswith(("nodes", "gpus", "tasks"))]
+    assert found == lines
 
 
 def test_on_this_machine_advice_says_that_requests_are_upper_bounds(tmp_path: Path) -> None:
@@ -188,6 +198,23 @@ def test_a_killed_run_without_a_marker_is_reported(tmp_path: Path) -> None:
     assert told.outcome.state == "UNKNOWN" and "no end marker" in told.outcome.reason
     assert told.outcome.elapsed_s == pytest.approx(92.5)  # until its last record
     assert likely_cause(told) is not None
+
+
+def test_where_the_code_came_from_is_told(tmp_path: Path) -> None:
+    run = samples.end(samples.a_run(tmp_path))
+    code = {"revision": "8c442ac", "branch": "main", "dirty": True, "remote": ""}
+    origin = {"code": code, "packages": {"numpy": "2.4.6"}, "data": {"mnist": "v3"}, "python_version": "3.11.9"}
+    rundir.write_json(run.path / "provenance.json", origin)
+    told = facts.collect(run)
+    known = {setting.name: setting.value for setting in told.provenance}
+    assert known == {
+        "git.revision": "8c442ac",
+        "git.branch": "main",
+        "git.dirty": "True",
+        "env.numpy": "2.4.6",
+        "python version": "3.11.9",
+    }
+    assert [(setting.name, setting.value) for setting in told.data] == [("mnist", "v3")]
 
 
 def test_an_empty_directory_has_a_report(tmp_path: Path) -> None:
@@ -345,12 +372,8 @@ def test_a_state_that_only_slurm_knows_reaches_the_report(tmp_path: Path) -> Non
 
 def hpcml(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     own = {"HPCML_SITE": "local", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "HPCML_DEVICES": "cpu"}
-    script = (
-        "import sys; from hpcml.cli import root; root.COMMANDS['report'] = 'report'; sys.exit(root.run(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script] if words[0] == "report" else HPCML
     return subprocess.run(
-        [*command, *words], cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=120
+        [*HPCML, *words], cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=120
     )
 
 

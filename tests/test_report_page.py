@@ -80,6 +80,7 @@ def test_it_loads_with_everything_in_it(page_of: Open, full: Path) -> None:
     )
     for one in (*words, "OMP_NUM_THREADS", "/scratch/42/mnist", "Steps 10 to 20", "One process", "epoch 8/8 accuracy"):
         assert one in text, one
+    assert page.locator(".notebook h1").inner_text().startswith("MNIST on two GPUs")
     assert page.locator(".notebook img").evaluate("image => image.naturalWidth") == 1
 
 

@@ -81,7 +81,7 @@ def clone(tmp_path: Path) -> Path:
     for name in ("scripts/setup", "scripts/lib/apt.bash", "pyproject.toml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, folder / name)
-    for name in ("tensorflow", "test"):
+    for name in ("tensorflow", "test", "torch"):
         (folder / "envs" / name).mkdir(parents=True)
         (folder / "envs" / name / "requirements.txt").write_text("click==8.1.7\n")
     make_python(folder)

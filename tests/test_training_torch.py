@@ -106,7 +106,7 @@ def test_ranks_that_do_not_make_up_the_global_batch(global_batch, world, a_rank,
 # ------------------------------------------------------------------ two ranks
 
 SCENES = """
-import json, sys, time, types
+import datetime, json, sys, time
 from pathlib import Path
 
 import torch
@@ -171,7 +171,7 @@ def tell(name, scene):
 
 
 tell("no group", lambda: begin("no-group", network()) and None)
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 
 
 def averaged():
@@ -344,7 +344,7 @@ def test_the_journal_of_a_training(scenes):
     for rank in (0, 1):
         (replicas,) = records(scenes, "averaged", "replicas", rank)
         assert (replicas["in_sync"], replicas["expected"], replicas["virtual"]) == (2, 2, True)
-        assert replicas["devices"] == ["cpu"]
+        assert replicas["devices"] == ["CPU:0"]
     metrics = records(scenes, "averaged", "metric")
     assert [r["step"] for r in metrics] == [0, 1, 2]
     assert set(metrics[0]["values"]) == {"time_to_first_step_s"}

@@ -17,7 +17,7 @@ from .errors import HpcmlError, Problem, nearest
 Scalar = str | int | float | bool
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PARAMETER_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-STRATEGIES = ("original", "mirrored", "multiworker")
+STRATEGIES = ("original", "mirrored", "multiworker", "ddp")
 KERAS_FLAVOURS = ("legacy", "3")
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 WORK_KEYS = ("notebook", "script", "command")

@@ -200,6 +200,25 @@ def _shape(job: Job, asked: Resources, facts: Facts) -> list[Problem]:
                 'for several tasks: strategy = "multiworker"',
             )
         )
+    if job.strategy == "ddp" and asked.gpus_per_node and asked.tasks_per_node != asked.gpus_per_node:
+        problems.append(
+            Problem(
+                f"DistributedDataParallel takes one process for each GPU, but {asked.gpus_per_node} GPUs and "
+                f"{asked.tasks_per_node} tasks a node are asked for",
+                job.origins.get("resources.tasks_per_node", "resources.tasks_per_node"),
+                "tasks_per_node = gpus_per_node",
+                f"--set resources.tasks_per_node={asked.gpus_per_node}",
+            )
+        )
+    if job.strategy == "ddp" and job.precision != "float32":
+        problems.append(
+            Problem(
+                f"precision = {job.precision!r} is a policy of Keras, and torch heeds none",
+                job.origins.get("precision", "precision"),
+                "float32 where a job is torch's",
+                "torch.autocast(run.device.type, torch.bfloat16) around the model's call",
+            )
+        )
     if job.strategy == "multiworker" and job.keras == "3":
         problems.append(
             Problem(

@@ -10,10 +10,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import rundir
 from . import site as sites
@@ -28,7 +28,13 @@ from .slurm import commands
 from .tracking import journal, provenance
 from .tracking.journal import Journal
 
+if TYPE_CHECKING:
+    import torch
+
+Batch = TypeVar("Batch")
+
 TENSORFLOW_STRATEGIES = ("original", "mirrored", "multiworker")
+STRATEGIES = (*TENSORFLOW_STRATEGIES, "ddp")
 _FRAMEWORKS = ("tensorflow", "keras", "tf_keras")
 # A bare run delivers when it ends; a server that is away must not hold the shell longer than this.
 DELIVERY_S = 60
@@ -65,11 +71,73 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     started: float = field(default_factory=time.time)
     finished: bool = False
+    _logged: dict[str, Any] = field(default_factory=dict)
+    _training: Any = None
+    _stop: Any = None
     _capture: contextlib.AbstractContextManager[None] | None = None
 
     def log(self, /, step: int, **metrics: float) -> bool:
         """Record metrics of a step in the run's journal; returns False where they could not be kept. Never raises."""
+        self._logged = metrics
         return self.journal.metric(step, metrics)
+
+    @property
+    def device(self) -> "torch.device":
+        """This rank's device for torch: its own GPU, ``cuda:0``, or ``cpu`` in a rehearsal.
+
+        Raises:
+            HpcmlError: torch doesn't see the GPU that was given.
+        """
+        from .training import torch as training
+
+        return training.device(self._expected())
+
+    def epochs(self, count: int, model: Any, global_batch: int | None = None) -> Iterator[int]:
+        """Yield the numbers of a torch training's epochs, from 1, and keep what each took; fewer where it is stopped.
+
+        Args:
+            model: wrapped in DistributedDataParallel; its weights are compared across the ranks.
+            global_batch: samples a step over all ranks; by default the parameter of that name.
+
+        Raises:
+            HpcmlError: the ranks don't train together, or the global batch can't be shared by them.
+        """
+        from .training import torch as training
+
+        self._training = training.Training(
+            self.journal, self._expected(), self.device, model=model, epochs=count,
+            global_batch=self._global_batch(global_batch, "epochs"), began=self.began, rank=self.topology.rank,
+            stop=self._stopping(), logged=lambda: self._logged,
+        )  # fmt: skip
+        return self._training.epochs()  # type: ignore[no-any-return]
+
+    def steps(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield a DataLoader's batches inside ``epochs``: counts them, compares the ranks, ends where all agree to stop."""
+        if self._training is None:
+            raise HpcmlError("run.steps() outside of run.epochs()", fix="for epoch in run.epochs(epochs, model): …")
+        return self._training.steps(loader)  # type: ignore[no-any-return]
+
+    def should_stop(self) -> bool:
+        """Whether all ranks agree to stop, for a torch loop without ``steps``: call it once a step on every rank."""
+        return bool(self._stopping().asked())
+
+    @property
+    def samples_per_s(self) -> list[float]:
+        """Speed of the whole job in each epoch of ``epochs`` so far."""
+        return list(self._training.samples_per_s) if self._training else []
+
+    def _stopping(self) -> Any:
+        if self._stop is None:
+            from .training import ddp
+
+            self._stop = ddp.Stop(self.dir.stop, _restart())
+        return self._stop
+
+    def _global_batch(self, given: int | None, where: str) -> int:
+        size = given if given is not None else self.params.get("global_batch")
+        if not isinstance(size, int) or size < 1:
+            raise HpcmlError(f"global_batch = {size!r} is no number of samples", fix=f"run.{where}(…, global_batch=…)")
+        return size
 
     def capture_mlflow(self) -> contextlib.AbstractContextManager[None]:
         """Turn ``mlflow.log_metric`` and its like to the run's journal: from now to the run's end, or for a ``with``.
@@ -225,9 +293,10 @@ def begin(strategy: str | None = None, *, new: bool = False) -> Run:
     first = _current is None and not _begun_before()
     if _current is not None:
         _current.finish()
-    if strategy not in (None, *TENSORFLOW_STRATEGIES):
-        raise HpcmlError(f"unknown strategy {strategy!r}", origin="begin()", allowed=", ".join(TENSORFLOW_STRATEGIES))
-    if first and (imported := [name for name in _FRAMEWORKS if name in sys.modules]):
+    if strategy not in (None, *STRATEGIES):
+        raise HpcmlError(f"unknown strategy {strategy!r}", origin="begin()", allowed=", ".join(STRATEGIES))
+    frameworks = ("torch",) if strategy == "ddp" else _FRAMEWORKS
+    if first and (imported := [name for name in frameworks if name in sys.modules]):
         raise HpcmlError(
             f"{imported[0]} was imported before hpcml.begin(), so threads and devices can't be set any more",
             fix="restart the kernel, and call hpcml.begin() before the framework is imported",
@@ -236,7 +305,12 @@ def begin(strategy: str | None = None, *, new: bool = False) -> Run:
     run = _under_worker(strategy, prepared) if prepared and not new else _bare(strategy)
     _current = run
     _BEGUN.append(run.dir.id)
-    if run.strategy is not None and first:
+    if run.strategy == "ddp":
+        from .training import torch as training
+
+        if first:
+            training.configure(run._expected(), os.environ)
+    elif run.strategy is not None and first:
         from .training import tensorflow
 
         tensorflow.configure(run._expected(), precision=run.precision)

@@ -79,7 +79,9 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("hpcml: interrupted", err=True)
         return INTERRUPTED
-    except SystemExit:  # commands return their codes; click and rich end so, with 1, when the reader has gone: `… | head`
+    except (
+        SystemExit
+    ):  # commands return their codes; click and rich end so, with 1, when the reader has gone: `… | head`
         return DONE
     except Exception as error:
         if "--debug" in arguments:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from .. import queue, rundir
-from ..errors import DONE, SERVICE_SILENT, HpcmlError, ServiceSilent
+from ..errors import DONE, JOB_FAILED, SERVICE_SILENT, HpcmlError, ServiceSilent
 from . import show
 from .prune import prune_command
 from .root import json_option, site_option
@@ -136,13 +136,13 @@ def cancel_command(run: str | None, site: str | None, as_json: bool) -> int:
 @site_option
 @json_option
 def sync_command(runs: tuple[str, ...], everything: bool, site: str | None, as_json: bool) -> int:
-    """Deliver runs to MLflow; what is there already is not sent again."""
+    """Deliver runs to MLflow; what is there already is not sent again. Lines that are no records are named (exit 1)."""
     root = show.root_of(site)
     if everything:
         wanted = list(rundir.every(root))[::-1]
     else:
         wanted = [rundir.find(root, reference) for reference in runs or (None,)]
-    from ..tracking.mlflow import is_delivered
+    from ..tracking.mlflow import is_delivered, noted
 
     new = [run for run in wanted if not is_delivered(run)]
     if everything and len(new) < len(wanted):
@@ -157,7 +157,9 @@ def sync_command(runs: tuple[str, ...], everything: bool, site: str | None, as_j
         for run, where in delivered:
             if where:
                 click.echo(f"{run.id} is in MLflow: {where}")
-    return DONE if all(where for _, where in delivered) else SERVICE_SILENT
+    if not all(where for _, where in delivered):
+        return SERVICE_SILENT
+    return JOB_FAILED if any(noted(run).skipped for run, _ in delivered) else DONE
 
 
 @click.group("runs")

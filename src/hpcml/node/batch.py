@@ -13,7 +13,10 @@ from pathlib import Path
 from .. import facts, job, plan, rundir, site, snapshot
 from ..errors import HpcmlError
 from ..rundir import RunDir
-from ..tracking import provenance
+from ..tracking import follow, provenance
+
+# The last delivery of a job that delivers itself: the end marker and the files. What is late stays for `hpcml sync`.
+FINAL_DELIVERY_S = 60
 
 
 def open_run(
@@ -125,6 +128,7 @@ def main() -> int:
             return 0
         run = current_run()
         close_run(run, asked.exit_code, asked.signal or None)
+        follow.finish(follow.in_job(run), FINAL_DELIVERY_S)
         print(f"hpcml: run {run.id} ended with exit code {asked.exit_code}", flush=True)
         return 0
     except HpcmlError as error:

@@ -20,6 +20,7 @@ from . import devices, threads, topology
 HANDOVER = "HPCML_NODE"
 LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+TENSORFLOW = ("original", "mirrored", "multiworker")
 # Names of the variables that hpcml has set in this environment: a run inside a run must not take them for the user's.
 OURS = "HPCML_SET"
 # What a worker or launcher says to its own child only.
@@ -83,13 +84,15 @@ def prepare(
     given = devices.choose(place, environment, count_gpus(), gpus_per_node)
     chosen = threads.choose(environment, len(os.sched_getaffinity(0)), place.local_world, on_gpu=bool(given.gpus))
     variables = {**chosen.variables, **_keras(strategy, keras, environment)}
-    if strategy is not None and not environment.get(LOG_LEVEL):
+    if strategy in TENSORFLOW and not environment.get(LOG_LEVEL):
         # 1 hides INFO; a rehearsal also hides the complaints about a CUDA that is not there. Exceptions are not logs.
         variables[LOG_LEVEL] = "1" if given.gpus else "3"
     if given.gpus or given.virtual or gpus_per_node == 0:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(given.gpus) or "-1"
     if strategy == "multiworker" and place.world > 1 and not environment.get("TF_CONFIG"):
         variables["TF_CONFIG"] = topology.tf_config(place, topology.addresses(place, environment))
+    if strategy == "ddp":
+        variables |= _torch(place, environment)
     variables[OURS] = " ".join(sorted(set(variables) - {"CUDA_VISIBLE_DEVICES"}))
     handover = {"topology": dataclasses.asdict(place), "devices": dataclasses.asdict(given)}
     variables[HANDOVER] = json.dumps({**handover, "threads": dataclasses.asdict(chosen)})
@@ -121,6 +124,29 @@ def received(environment: Mapping[str, str]) -> Bootstrap | None:
     )
 
 
+def _torch(place: topology.Topology, environment: Mapping[str, str]) -> dict[str, str]:
+    """What torch.distributed's ``env://`` reads (pytorch.org/docs/stable/distributed.html). torchrun has set it itself."""
+    if place.source == "torchrun":
+        return {}
+    if place.world == 1 and not environment.get("HPCML_PORT"):
+        # Two notebooks in one allocation would agree on a port by the job's id.
+        host, port = "127.0.0.1", str(topology.free_first_port(1))
+    else:
+        host, _, port = topology.addresses(place, environment)[0].rpartition(":")
+    chosen = {
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or host,
+        "MASTER_PORT": environment.get("MASTER_PORT") or port,
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_world),
+    }
+    if place.nodes == 1 and not environment.get("GLOO_SOCKET_IFNAME"):
+        # Gloo asks for the host's own name, which need not resolve; NCCL finds its way by itself.
+        chosen["GLOO_SOCKET_IFNAME"] = "lo"
+    return chosen
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
@@ -131,7 +157,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keras(strategy: str | None, keras: str, environment: Mapping[str, str]) -> dict[str, str]:
     """tf-keras for all TensorFlow strategies of one base, so that they compare; Keras 3 where it is asked for and works."""
-    if strategy is None:
+    if strategy not in TENSORFLOW:
         return {}
     forced = environment.get(LEGACY_KERAS, "")
     wants_3 = keras == "3" or forced.lower() in ("0", "false")

@@ -177,7 +177,7 @@ def collect(run: RunDir, *, state: str = "", reason: str = "") -> Report:
         metrics=records.series_of(found.metrics, begin_s),
         telemetry=telemetry,
         split=split,
-        **settings_of(plan, found),
+        **settings_of(plan, found, read_json(run.path / "provenance.json")),
         messages=_messages(found, begin_s),
         logs=logs.ends(run, outcome.failed_rank),
         notebook=str(run.notebook(0)) if run.notebook(0).is_file() else None,

@@ -20,12 +20,33 @@ _FORBIDDEN = (
     "head",
     "title",
 )
-_ALLOWED = frozenset(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i "
-    "img ins kbd li main mark ol p pre s samp small span strong sub summary sup table tbody td tfoot th thead time tr tt u ul "
-    "var svg g path rect circle ellipse line polyline polygon text tspan defs clippath lineargradient radialgradient stop "
-    "marker pattern desc math mi mn mo mrow mfrac msup msub msqrt".split()
+_TEXT = (
+    *(
+        "a",
+        "abbr",
+        "b",
+        "blockquote",
+        "br",
+        "code",
+        "dd",
+        "del",
+        "details",
+        "div",
+        "dl",
+        "dt",
+        "em",
+        "figure",
+        "figcaption",
+    ),
+    *("h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "ins", "kbd", "li", "main", "mark", "ol", "p", "pre", "s"),
+    *("samp", "small", "span", "strong", "sub", "summary", "sup", "time", "tt", "u", "ul", "var"),
 )
+_TABLE = ("caption", "col", "colgroup", "table", "tbody", "td", "tfoot", "th", "thead", "tr")
+_DRAWING = (
+    *("svg", "g", "path", "rect", "circle", "ellipse", "line", "polyline", "polygon", "text", "tspan", "defs", "stop"),
+    *("clippath", "lineargradient", "radialgradient", "marker", "pattern", "desc"),
+)
+_ALLOWED = frozenset((*_TEXT, *_TABLE, *_DRAWING))
 _LOADS = ("src", "srcset", "poster", "background", "data", "action", "formaction", "ping", "xlink:href", "longdesc")
 _CSS_LOADS = re.compile(r"url\s*\(|@import|expression\s*\(|image-set\s*\(", re.IGNORECASE)
 

@@ -205,7 +205,7 @@ class Training:
                 "replicas",
                 in_sync=same.count(same[self._rank]),
                 expected=self._expected.world,
-                devices=[str(self._place)],
+                devices=["GPU:0" if self._place.type == "cuda" else "CPU:0"],  # as TensorFlow names them
                 virtual=self._expected.virtual,
             )
         raise_unless_same(same, self._step)
