@@ -16,7 +16,7 @@ ONE_PROCESS = ("original", "mirrored")
 NO_FACTS = Facts()
 NEVER_CHECKED = (
     'strategy "{strategy}" was never checked: no training reported its replicas in sync; '
-    "call hpcml.begin() and pass callbacks=run.callbacks() to fit"
+    "call hpcml.begin(), then pass callbacks=run.callbacks() to fit, or train in run.epochs() and run.steps()"
 )
 # On this machine every task is a process, of about 1 GB with TensorFlow.
 MOST_TASKS_HERE = 64

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from .. import queue, rundir
+from .. import queue, report, rundir
 from ..errors import DONE, JOB_FAILED, SERVICE_SILENT, HpcmlError, ServiceSilent
 from . import show
 from .prune import prune_command
@@ -33,6 +33,8 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
     if as_json:
         show.echo_json(vars(state) | {"path": str(found.path)})
     else:
+        if state.is_final:  # of a killed run nobody has made one yet
+            report.ensure(found, state=state.name, reason=state.reason)
         click.echo(show.summary(found, state))
         if state.is_final:
             where = "delivered" if found.delivered.exists() else f"not delivered: hpcml sync {found.id}"

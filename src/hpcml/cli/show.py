@@ -101,12 +101,15 @@ def deliver(run: RunDir, *, announce: bool = True, follower: "Follower" = None) 
         announce: whether to say that it takes a moment.
         follower: what delivers it in the background so far: it does the rest, which spares this process MLflow.
     """
+    from .. import report
     from ..tracking import mlflow
     from ..tracking.follow import finish as finish_follower
 
     try:
         with contextlib.suppress(ServiceSilent):
-            queue.state_of(run)  # what Slurm knows of its end goes into the marker first
+            state = queue.state_of(run)  # what Slurm knows of its end goes into the marker first
+            if state.is_final:
+                report.ensure(run, state=state.name, reason=state.reason)
         plan = rundir.read_json(run.plan)
         uri = mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"]))
         if announce:  # the first delivery also makes the database, which takes some seconds
@@ -151,6 +154,8 @@ def summary(run: RunDir, state: queue.State) -> str:
     lines.append(f"  files     {run.path}")
     if run.notebook(0).exists():
         lines.append(f"  notebook  {run.notebook(0)}")
+    if run.report.exists():
+        lines.append(f"  report    {run.report}")
     return "\n".join(lines)
 
 

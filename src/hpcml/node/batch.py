@@ -3,8 +3,10 @@
 Under ``hpcml submit`` the run is there already and ``open`` is not called. Standard library only.
 """
 
+import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -106,6 +108,13 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
     return ended
 
 
+def _report(run: RunDir) -> None:
+    """Make the report where the job itself delivers it; elsewhere the next command that sees the run ended does."""
+    words = [sys.executable, "-P", "-m", "hpcml.report", str(run.root), run.id]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(words, stdin=subprocess.DEVNULL, timeout=FINAL_DELIVERY_S, check=False)
+
+
 def main() -> int:
     """``open JOB --site S`` prints the run's id; ``close EXIT_CODE`` writes its marker."""
     import argparse
@@ -128,7 +137,9 @@ def main() -> int:
             return 0
         run = current_run()
         close_run(run, asked.exit_code, asked.signal or None)
-        follow.finish(follow.in_job(run), FINAL_DELIVERY_S)
+        if delivery := follow.in_job(run):
+            _report(run)
+            follow.finish(delivery, FINAL_DELIVERY_S)
         print(f"hpcml: run {run.id} ended with exit code {asked.exit_code}", flush=True)
         return 0
     except HpcmlError as error:
