@@ -19,7 +19,8 @@ LEAF = {
 FRAMEWORKS = {
     *("tensorflow", "keras", "tf_keras", "torch", "horovod", "numpy", "mlxtend", "matplotlib", "mlflow"),
     *("papermill", "nbclient", "nbformat", "jupyter_client", "jupyter_core", "ipykernel", "IPython", "traitlets"),
-    *("submitit", "cloudpickle", "rich", "pandas"),
+    *("submitit", "cloudpickle", "rich", "pandas", "jinja2", "nbconvert", "bs4", "pygments", "markupsafe"),
+    *("xprof", "pynvml", "psutil"),
 }
 # Whose top may import what the room is about; nobody imports these rooms at their own top (see FRONT below).
 OWN_FRAMEWORK = {

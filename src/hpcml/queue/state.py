@@ -101,6 +101,7 @@ def state_of(run: RunDir, ask: Ask | None = None) -> State:
         return _settled(run, marker, known, common)
     if known.waiting:  # what it did before it was put back into the queue says nothing of now
         common |= {"progress": "", "started": None, "ended": None, "replicas_in_sync": None}
+        _note_wait(run, submitted, known.reason)
         return State(name=known.state, reason=known.reason, source=known.source, expected_start=known.start, **common)
     if "/" in run.id and "_" not in key:
         return _variant(run, marker, common)
@@ -211,6 +212,14 @@ def _of_array(run: RunDir, count: int, common: dict[str, Any], ask: Ask | None) 
     worst = next((state for state in ended if state.name != "COMPLETED"), ended[0])
     reason = f"{worst.run_id}: {worst.reason}" if worst.name != "COMPLETED" else ""
     return State(name=worst.name, reason=reason, source=worst.source, exit_code=worst.exit_code, **common)
+
+
+def _note_wait(run: RunDir, submitted: dict[str, Any], reason: str) -> None:
+    """Keep why the job waits, for its report: afterwards nobody knows."""
+    waits = submitted.get("waits") or []
+    if reason and (not waits or waits[-1]["reason"] != reason):
+        with contextlib.suppress(OSError):
+            rundir.write_json(run.submitted, {**submitted, "waits": [*waits, {"reason": reason, "since": time.time()}]})
 
 
 def _settled(run: RunDir, marker: dict[str, Any], known: JobState, common: dict[str, Any]) -> State:

@@ -65,7 +65,7 @@ def _adapt(element: ElementTree.Element, name: str) -> None:
         elif key == "clip-path":
             element.set(key, value.replace("url(#", f"url(#{name}-"))
         elif key == "style":
-            value = _COLOUR.sub(lambda match: match[0], value)
+            value = _COLOUR.sub(lambda match: _VARIABLES.get(match[0].lower(), match[0]), value)
             element.set(key, _FONT.sub(_font, value))
         elif key in ("d", "transform", "points", "x", "y", "width", "height"):
             element.set(key, _NUMBER.sub(lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), value))
