@@ -339,8 +339,9 @@ def _under_worker(strategy: str | None, prepared: bootstrap.Bootstrap) -> Run:
     atexit.register(writer.close)  # work that never calls finish()
     chosen = plan.strategy or strategy
     return Run(
-        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, False, writer
-    )
+        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, False, writer,
+        plan.profile,
+    )  # fmt: skip
 
 
 def _bare(strategy: str | None) -> Run:

@@ -108,7 +108,9 @@ def _step(report: Report) -> Iterator[Advice]:
         part, ms = max(report.split.parts_ms.items(), key=lambda item: item[1])
         total = report.split.step_ms or sum(report.split.parts_ms.values())
         share = f", {percent(ms / total)} of the step" if total else ""
-        yield Advice(report.split.advice, f"{part.replace('_', ' ')} takes {ms:.1f} ms a step{share}")
+        took = f"{part.replace('_', ' ')} takes {ms:.1f} ms a step{share}"
+        what, _, how = report.split.advice.partition(". ")
+        yield Advice(what, f"{how} ({took})" if how else took)
 
 
 def _throttling(report: Report) -> Iterator[Advice]:
