@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -73,7 +72,9 @@ def test_the_steps_that_the_job_named_were_profiled_and_split(run: rundir.RunDir
 
 
 def test_it_is_known_where_code_and_packages_came_from(run: rundir.RunDir) -> None:
-    head = subprocess.run(["git", "-C", run.root.parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    head = subprocess.run(
+        ["git", "-C", run.root.parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
     assert json.loads(run.provenance.read_text())["code"]["revision"] == head.stdout.strip()
     assert "tensorflow==" in run.packages.read_text()
 

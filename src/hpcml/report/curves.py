@@ -67,7 +67,12 @@ def training(report: Report) -> tuple[Panel, ...]:
     panels = []
     if "samples_per_s" in own:
         panels.append(Panel("Throughput (samples/s)", (_line("samples_per_s", own.pop("samples_per_s")),)))
-    for name in ("epoch_time_s", "step_time_ms", "time_to_first_step_s", "profiled_steps"):  # told in numbers, by each epoch
+    for name in (
+        "epoch_time_s",
+        "step_time_ms",
+        "time_to_first_step_s",
+        "profiled_steps",
+    ):  # told in numbers, by each epoch
         own.pop(name, None)
     names = sorted(own, key=lambda name: (_rank_of(name), list(own).index(name)))
     for base in dict.fromkeys(name.removeprefix("val_") for name in names):
