@@ -872,3 +872,25 @@ def test_delivered_means_all_of_it(tmp_path: Path, door: Door) -> None:
         assert not is_delivered(run)
         deliver(run, door.uri)
         assert is_delivered(run)
+
+
+DIES_BEFORE_THE_DATABASE_IS_THERE = """
+import os, sys
+from pathlib import Path
+from hpcml.rundir import RunDir
+from hpcml.tracking import mlflow
+os.replace = lambda *_: os._exit(9)
+mlflow.deliver(RunDir(Path(sys.argv[1]), sys.argv[2]), sys.argv[3])
+"""
+
+
+def test_a_delivery_killed_while_it_makes_the_database_leaves_none_half_made(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    train(run)
+    uri = f"sqlite:///{tmp_path}/fresh 100%25.db"
+    words = [sys.executable, "-W", "ignore", "-c", DIES_BEFORE_THE_DATABASE_IS_THERE, run.root, run.id, uri]
+    assert subprocess.run(words, check=False, timeout=120).returncode == 9
+    assert not (tmp_path / "fresh 100%.db").exists()
+    assert deliver(run, uri).points > 0
+    assert [path.name for path in sorted(tmp_path.glob("fresh*"))] == ["fresh 100%.db", "fresh 100%.db.lock"]
+    assert len(runs(uri)) == 1
