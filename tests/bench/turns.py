@@ -150,9 +150,14 @@ class Program:
             self.child.wait(STOP_S)
 
     def _tree(self) -> list[psutil.Process]:
-        """Return its processes, the one that does the work last."""
+        """Return its processes, the one that does the work last: the one that reports its spans."""
         own = psutil.Process(self.child.pid)
-        return sorted([own, *own.children(recursive=True)], key=lambda process: sum(process.cpu_times()[:2]))
+        return sorted([own, *own.children(recursive=True)], key=self._reports)
+
+    def _reports(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return any(file.path == str(self.spans) for file in process.open_files())
+        return False
 
     def _failure(self) -> RuntimeError:
         words = self.log.read_text(errors="replace")[-2000:]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
 from ..errors import HpcmlError, ServiceSilent
 
@@ -141,7 +141,7 @@ def _client(address: Address) -> Any:
     from mlflow import MlflowClient
 
     if address.database and address.artifact_root:
-        _make(address.database)
+        _make(address.database, address.uri)
         address.artifact_root.mkdir(mode=0o700, exist_ok=True)
     client = MlflowClient(tracking_uri=address.uri)
     with _environment({"MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}):
@@ -149,7 +149,7 @@ def _client(address: Address) -> Any:
     return client
 
 
-def _make(database: Path) -> None:
+def _make(database: Path, uri: str) -> None:
     """Make a database whole or not at all: MLflow takes seconds and dozens of steps, and could not open one half made."""
     from mlflow import MlflowClient
 
@@ -157,10 +157,12 @@ def _make(database: Path) -> None:
         return
     for left in database.parent.glob(f"{database.name}.*.new"):
         left.unlink(missing_ok=True)
-    fresh = database.with_name(f"{database.name}.{os.getpid()}.new")
+    mark = f".{os.getpid()}.new"
+    fresh = database.with_name(database.name + mark)
     # Logs and notebooks are as private here as in the run directory.
     os.close(os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    MlflowClient(tracking_uri=f"sqlite:///{quote(str(fresh))}").search_experiments(max_results=1)
+    # Written as it was given: MLflow makes the folder that an address names, encoded or not.
+    MlflowClient(tracking_uri=uri.partition("?")[0] + mark).search_experiments(max_results=1)
     os.replace(fresh, database)
 
 
