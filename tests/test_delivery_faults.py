@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -222,7 +223,7 @@ def sync(run: RunDir, uri: str) -> None:
 def follower(run: RunDir, uri: str, every_s: float = 0.05, *words: str) -> subprocess.Popen[bytes]:
     """Start a follower as its own process, faster than it is."""
     code = f"import sys; from hpcml.tracking import follow; follow.EVERY_S = {every_s}; follow.SHARE = 1.0\n"
-    code += "follow.stand_back = lambda: None\n"  # a busy machine would hold it up
+    code += "follow.stand_back = lambda: None; follow.PATIENCE_S = 0.0\n"  # a busy machine would hold it up
     code += "follow.LONGEST_PAUSE_S = 0.2; sys.exit(follow.main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": SRC, "MLFLOW_TRACKING_URI": uri}
     return subprocess.Popen([sys.executable, "-c", code, *words, str(run.root), run.id], env=environment)
@@ -276,6 +277,27 @@ def test_the_starter_lets_it_deliver_once_more(run: RunDir, server: Server, expe
 def _ignores(pid: int, number: int) -> bool:
     line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("SigIgn"))
     return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "patience_s", "steps"),
+    [
+        pytest.param(itertools.repeat(0.0), 60.0, 0, id="busy"),
+        pytest.param(itertools.repeat(0.0), -1.0, 3, id="busy for long"),
+        pytest.param(itertools.count(0.0, 5.0), 60.0, 3, id="a core idle"),
+        pytest.param(itertools.repeat(None), 60.0, 3, id="unknown"),
+    ],
+)
+def test_mlflow_is_imported_where_a_core_is_idle(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, idle_s: Iterator[float | None], patience_s: float, steps: int
+) -> None:
+    looks, done = iter([False] * 3 + [True]), list[bool]()
+    monkeypatch.setattr(follow.host, "idle_core_s", lambda: next(idle_s))
+    monkeypatch.setattr(follow, "PATIENCE_S", patience_s)
+    monkeypatch.setattr(follow, "_over", lambda *_, held: next(looks))
+    monkeypatch.setattr(follow.Follower, "step", lambda _, last=False: done.append(last) or follow.EVERY_S)
+    follow.follow(run, "", io.StringIO(), held=False)
+    assert done == [False] * steps + [True]
 
 
 def test_it_ends_with_a_starter_that_was_killed(run: RunDir, server: Server, experiment: str) -> None:

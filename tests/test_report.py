@@ -319,8 +319,8 @@ def test_a_report_is_private_and_written_whole(tmp_path: Path) -> None:
     run = samples.full(tmp_path)
     page = report.write(run)
     assert stat.S_IMODE(page.stat().st_mode) == 0o600 and page == run.path / "report.html"
-    assert {path.name for path in report.plots_of(run).iterdir()} == {"training.png", "machine.png", "split.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.plots_of(run).iterdir())
+    assert {path.name for path in run.plots.iterdir()} == {"training.png", "machine.png", "split.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.plots.iterdir())
     assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
 
 
@@ -347,14 +347,14 @@ def test_it_is_made_when_due_and_only_then(tmp_path: Path) -> None:
 def test_a_comparison_brings_the_reports_of_its_variants(tmp_path: Path) -> None:
     parent = samples.comparison(tmp_path)
     assert report.ensure(parent) is not None
-    assert all(report.path_of(child).is_file() for child in rundir.children(parent))
+    assert all(child.report.is_file() for child in rundir.children(parent))
     told = facts.collect(parent)
     assert told.comparison is not None and [row.measured.name for row in told.comparison.rows] == [
         "original",
         "mirrored",
         "multiworker",
     ]
-    assert "1.82×" in report.path_of(parent).read_text()
+    assert "1.82×" in parent.report.read_text()
 
 
 def test_what_goes_wrong_with_a_report_is_no_matter_of_the_run(tmp_path: Path) -> None:

@@ -593,6 +593,16 @@ def test_processes_are_told_apart_by_their_cgroup(tmp_path: Path, make: Any) -> 
     host.read()
     assert [host.owns(pid) for pid in (101, 104, 105, 106)] == [True, True, False, False]
     assert host.owns(999) is None  # a container's own numbers
+
+
+def test_idle_time_is_that_of_the_cores_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick = os.sysconf("SC_CLK_TCK")
+    lines = [f"cpu{core} 9 9 9 {core * tick} {tick} 9 9 9 9 9" for core in range(12)]
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/stat").write_text("\n".join([f"cpu 9 9 9 {99 * tick} 0 9 9 9 9 9", *lines, "intr 1"]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 11})
+    assert idle_core_s(tmp_path) == (1 + 1) + (11 + 1)
+    assert idle_core_s(tmp_path / "nowhere") is None
     (root / "proc/self/ns").mkdir()
     (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
     assert Host(1, root, {}).owns(999) is False

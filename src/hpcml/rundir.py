@@ -15,6 +15,8 @@ from typing import Any
 from .errors import HpcmlError
 from .site import Site, expand
 
+_LOG_END = 64 * 1024  # of a log, in bytes, that its last lines are looked for in
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -317,3 +319,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def last_lines(log: Path, most: int) -> list[str]:
+    """Return a log's last lines, read from its end; an unfinished last line counts. None where it can't be read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_END))
+            lines = file.read().removesuffix(b"\n").split(b"\n")
+    except OSError:
+        return []
+    return [shown(line) for line in lines[-most:]] if lines != [b""] else []
+
+
+def shown(line: bytes) -> str:
+    """Return a line of a log as a terminal shows it at last: a progress bar redraws its own many times."""
+    return line.rstrip(b"\r\n").rpartition(b"\r")[2].decode(errors="replace")

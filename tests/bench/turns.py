@@ -2,8 +2,8 @@
 
 A machine shared with others changes its speed by half from one tenth of a second to the next, and two measurements of
 ten seconds, one after the other, then differ by a tenth. So both programs run at once on the same core, one of them
-always stopped (SIGSTOP to all of its processes), and change over every 25 ms. The clock of each counts only while it
-runs. On one core whatever a program does beside its work is taken from the work. What it waits for without computing
+always stopped (SIGSTOP to all of its processes that run), and change over every 25 ms. The clock of each counts only while
+it runs. On one core whatever a program does beside its work is taken from the work. What it waits for without computing
 (a disk, a timer) goes on while it is stopped, and is counted by half.
 
 The program reports its spans of work as lines of a file, ``<samples> <began> <ended>`` in seconds of the monotonic
@@ -83,7 +83,7 @@ class Program:
             )  # fmt: skip
         self.turns: list[tuple[float, float]] = []
         self.seconds = 0.0
-        self._processes = self._tree()
+        self._processes, self._held = self._tree(), list[psutil.Process]()
 
     def await_work(self) -> None:
         """Wait until it reports its first span.
@@ -97,23 +97,26 @@ class Program:
                 raise self._failure()
             time.sleep(LOOK_S)
         self._processes = self._tree()
-        _stop(self._processes)
+        *self._held, work = self._processes
+        _signal([*self._held, work], signal.SIGSTOP)
+        _await_stop([work])  # the other program may still run, and nothing that stands back for it comes to its stop
 
     def turn(self, seconds: float) -> None:
-        """Let it run for a while."""
-        *others, work = self._processes  # the clock is its own: last to go on, first to stop
-        _signal(others, signal.SIGCONT)
+        """Let it run for a while, all its processes within the clock."""
+        *others, work = self._processes
         began = time.perf_counter()
-        _signal([work], signal.SIGCONT)
+        _signal([work, *self._held], signal.SIGCONT)
         time.sleep(seconds)
-        _stop([work])
+        # To stop and continue one that sleeps would wake it twice, at a cost of its own in each turn.
+        self._held = [process for process in others if _status(process) == psutil.STATUS_RUNNING]
+        _signal([*self._held, work], signal.SIGSTOP)
+        _await_stop([work])  # one that stands back for it stops after it
         ended = time.perf_counter()
-        _stop(others)
+        _await_stop(self._held)
         self.turns.append((began, ended))
         self.seconds += ended - began
         if len(self.turns) % 40 == 0:  # it may have started processes meanwhile
             self._processes = self._tree()
-            _stop(self._processes)
 
     def samples_per_s(self) -> float:
         """Return its samples in a second of its turns.
@@ -164,13 +167,18 @@ class Program:
         return RuntimeError(f"{' '.join(self.words)}: exit status {self.child.poll()}\n{words}")
 
 
-def _stop(processes: Sequence[psutil.Process]) -> None:
-    """Stop processes, and wait until the kernel has: only then another may run."""
-    _signal(processes, signal.SIGSTOP)
+def _await_stop(processes: Sequence[psutil.Process]) -> None:
+    """Wait until the kernel has stopped processes: only then another may run."""
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while process.status() not in STOPPED:
-                time.sleep(0.0002)
+        while _status(process) not in STOPPED:
+            time.sleep(0.0002)
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
 
 
 def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:

@@ -22,7 +22,6 @@ def report_command(run: str | None, output: Path | None, site: str | None, as_js
     RUN is a run id, a Slurm id, or left out for the newest. The page needs no network and opens from disk; the plots
     lie beside it as PNG files.
     """
-    from .. import report
     from ..report import facts
 
     found = rundir.find(show.root_of(site), run)
@@ -41,7 +40,7 @@ def report_command(run: str | None, output: Path | None, site: str | None, as_js
         from ..report import terminal
 
         terminal.text(collected, Console(highlight=False, width=None if _is_wide() else terminal.WIDTH))
-    page = _written(found, report.path_of(found), state, reason)
+    page = _written(found, found.report, state, reason)
     if output and page:
         _copy(page, output)
     if not as_json and page:

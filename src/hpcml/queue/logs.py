@@ -1,13 +1,12 @@
 """A run's logs as lines, while they grow: by polling, for on Lustre and NFS nobody is told of another node's writes."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..rundir import RunDir
+from ..rundir import RunDir, shown
 from .order import children
 
 POLL_S = 0.5
@@ -33,21 +32,9 @@ def lines_of(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as file:
             for line in file:
-                yield _settled(line.removesuffix(b"\n"))
+                yield shown(line)
     except OSError:  # not there yet, or gone
         return
-
-
-def tail(path: Path, count: int) -> list[str]:
-    """Return a log's last lines, read from its end; an unfinished last line counts."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (_BLOCK >> 4)))
-            lines = file.read().removesuffix(b"\n").split(b"\n")
-    except OSError:
-        return []
-    return [_settled(line) for line in lines[-count:]] if lines != [b""] else []
 
 
 def follow(run: RunDir, ended: Callable[[], bool], poll_s: float = POLL_S) -> Iterator[tuple[Path, str]]:
@@ -94,7 +81,7 @@ class Follower:
         for path in log_paths(self.run):
             if path.name.startswith("out."):
                 for line in self._lines(path, whole):
-                    yield path, _settled(line)
+                    yield path, shown(line)
 
     def _lines(self, path: Path, whole: bool) -> Iterator[bytes]:
         try:
@@ -122,7 +109,3 @@ def _last_state(line: bytes) -> bytes:
     """What is worth keeping of an unfinished line that a progress bar redraws many times a second."""
     body = line.rstrip(b"\r")
     return line[body.rfind(b"\r") + 1 :]
-
-
-def _settled(line: bytes) -> str:
-    return _last_state(line).rstrip(b"\r").decode(errors="replace")

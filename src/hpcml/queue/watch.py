@@ -8,7 +8,7 @@ from typing import Any
 from .. import rundir
 from ..rundir import RunDir
 from ..tracking import journal
-from .logs import rank_logs, tail
+from .logs import rank_logs
 from .order import children
 from .state import State
 
@@ -210,7 +210,7 @@ class Watcher:
         failed = rundir.read_json(self.run.status).get("failed_rank")
         paths = rank_logs(self.run)
         for path in [p for p in paths if p == self.run.log(failed or 0)] + paths:
-            if lines := tail(path, MOST_LINES):
+            if lines := rundir.last_lines(path, MOST_LINES):
                 rank = int(path.name.split(".")[1])
                 return [(rank, line) for line in lines]
         return []

@@ -12,16 +12,6 @@ from ..rundir import RunDir
 LONGEST_S = 300
 
 
-def path_of(run: RunDir) -> Path:
-    """Return where a run's report lies."""
-    return run.path / "report.html"
-
-
-def plots_of(run: RunDir) -> Path:
-    """Return the folder of its plots as PNG files."""
-    return run.path / "plots"
-
-
 def write(run: RunDir, *, state: str = "", reason: str = "") -> Path:
     """Make a run's report and its plots now, atomically, readable by the user alone, and return the report's path.
 
@@ -38,11 +28,11 @@ def write(run: RunDir, *, state: str = "", reason: str = "") -> Path:
     drawn = pictures.draw(report)
     content = page.html(report, drawn)
     if drawn:
-        plots_of(run).mkdir(mode=0o700, exist_ok=True)
+        run.plots.mkdir(mode=0o700, exist_ok=True)
     for picture in drawn:
-        rundir.write_bytes(plots_of(run) / f"{picture.name}.png", picture.png)
-    rundir.write_bytes(path_of(run), content.encode())
-    return path_of(run)
+        rundir.write_bytes(run.plots / f"{picture.name}.png", picture.png)
+    rundir.write_bytes(run.report, content.encode())
+    return run.report
 
 
 def is_due(run: RunDir) -> bool:
@@ -50,7 +40,7 @@ def is_due(run: RunDir) -> bool:
     if not run.path.is_dir():
         return False
     changed = [_changed(path) for path in (run.status, run.comparison, run.notebook(0), *run.events.glob("*.jsonl"))]
-    return _changed(path_of(run)) < max(changed)
+    return _changed(run.report) < max(changed)
 
 
 def ensure(run: RunDir, *, state: str = "", reason: str = "", wait: bool = True) -> Path | None:
@@ -82,7 +72,7 @@ def ensure(run: RunDir, *, state: str = "", reason: str = "", wait: bool = True)
             )
             if wait:
                 _wait(process)
-    return path_of(run) if path_of(run).is_file() else None
+    return run.report if run.report.is_file() else None
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> None:

@@ -1,14 +1,13 @@
 """The last lines of a run's logs, as a terminal would show them."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import rundir
 from ..rundir import RunDir
 
 LINES = 40
-_BYTES = 64 * 1024
 _LONGEST = 400
 # Colours and cursor movements (ECMA-48, control sequences) and what else a terminal does not print.
 _CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-_])|[\x00-\x08\x0b-\x1f\x7f]")
@@ -33,18 +32,12 @@ def ends(run: RunDir, failed_rank: int | None) -> tuple[LogEnd, ...]:
 
 def last_lines(path: Path, most: int = LINES) -> tuple[str, ...]:
     """Return the last lines of a log: none where it can't be read; of a progress bar its last state."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ()
-    lines = [_shown(line) for line in text.split("\n")]
+    lines = [_shown(line) for line in rundir.last_lines(path, most)]
     while lines and not lines[-1]:
         lines.pop()
-    return tuple(lines[-most:])
+    return tuple(lines)
 
 
 def _shown(line: str) -> str:
-    line = _CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
+    line = _CONTROL.sub("", line).rstrip()
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"

@@ -2,10 +2,11 @@
 
     python -m hpcml.tracking.follow RUN_ROOT RUN_ID
 
-A process of its own, of the lowest priority: it sends what is new in the journal every few seconds and never more than the time of half
-a percent of a core, until the run has ended, then once more with the run's files. Whatever MLflow does goes to
-``logs/delivery.txt`` in the run directory and is tried again, after pauses that grow to a minute. The run doesn't wait for
-it, and what is not delivered at the end stays for ``hpcml sync``.
+A process of its own, of the lowest priority: it sends what is new in the journal every few seconds and never more than
+the time of half a percent of a core, until the run has ended, then once more with the run's files. Importing MLflow takes
+seconds of a core: for that it waits until one is idle, for a minute. Whatever MLflow does goes to ``logs/delivery.txt`` in
+the run directory and is tried again, after pauses that grow to a minute. The run doesn't wait for it, and what is not
+delivered at the end stays for ``hpcml sync``.
 
 Started by :func:`start` it ends with its starter, whose end of a pipe closes. Until it delivers it needs the standard
 library only.
@@ -26,6 +27,7 @@ from typing import TextIO
 from .. import rundir, site
 from ..errors import HpcmlError
 from ..rundir import RunDir
+from . import host
 
 EVERY_S = 5.0
 # Growing pauses after failures, doubled each time.
@@ -33,6 +35,9 @@ LONGEST_PAUSE_S = 60.0
 # Of one core: a training beside it on the same core must not notice.
 SHARE = 0.005
 NICE = 19
+# Of one core, over the last pause: where that was idle there is room for importing MLflow; after so many seconds it is
+# imported without. The least share that a kernel with autogroup grants is 1.5 % of a core (sched(7): 15 against 1024).
+IDLE, PATIENCE_S = 0.25, 60.0
 # The starter waits so long for the last delivery, and then goes on by itself: on a busy machine the follower may get no
 # core for minutes.
 FINISH_S = 5.0
@@ -174,9 +179,12 @@ def follow(run: RunDir, uri: str, log: TextIO, *, held: bool) -> int:
         held: until standard input closes; else until there is an end marker, or the run's owner is gone.
     """
     follower = Follower(run, uri, log)
-    pause = EVERY_S
+    pause, began, idle_s = EVERY_S, time.monotonic(), host.idle_core_s()
     while not _over(run, pause, held=held):
-        pause = follower.step()
+        was_idle_s, idle_s = idle_s, host.idle_core_s()
+        crowded = was_idle_s is not None and idle_s is not None and idle_s - was_idle_s < IDLE * pause
+        if follower.warm or not crowded or time.monotonic() - began > PATIENCE_S:
+            pause = follower.step()
     follower.step(last=True)
     return 1 if follower.failures else 0
 

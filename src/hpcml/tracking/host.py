@@ -73,6 +73,14 @@ class Processes:
         return self._ours
 
 
+def idle_core_s(root: Path = Path("/")) -> float | None:
+    """Return how long the cores that this process may use were idle since boot, in core-seconds; None if unknown."""
+    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    lines = [line.split() for line in contents(root / "proc/stat").splitlines()]
+    ticks = [int(words[4]) + int(words[5]) for words in lines if words and words[0] in mine]  # proc(5): idle, iowait
+    return sum(ticks) / _TICK if ticks else None
+
+
 @dataclass(frozen=True)
 class _Stat:
     parent: int

@@ -77,7 +77,7 @@ class Split:
 
 PARTS = tuple(f.name.removesuffix("_ms") for f in dataclasses.fields(Split)[2:] if f.name.endswith("_ms"))
 _WORDS = {"device_compute": "device compute"}
-_TODO = {
+_WHAT_HELPS = {
     "input": "The training waits for data: keep it in memory (dataset.cache()), end the pipeline with "
     "prefetch(tf.data.AUTOTUNE), map with num_parallel_calls=tf.data.AUTOTUNE, ask for more cpus_per_task, and pack many "
     "small files into a few large ones on the node's own disk.",
@@ -111,7 +111,7 @@ def advise(split: Split, *, on_cpu: bool) -> str:
     text = f"{100 * share:.0f} % of a step is {_WORDS.get(part, part)}. "
     if not on_cpu and split.device_compute_ms + split.communication_ms == 0:
         return text + _NO_DEVICE
-    text += _ON_CPU if on_cpu and part in ("host", "device_compute") else _TODO[part]
+    text += _ON_CPU if on_cpu and part in ("host", "device_compute") else _WHAT_HELPS[part]
     if split.in_loop and part == "host":
         text += (
             " Waiting for data looks like host too where the graph holds a loop: with steps_per_execution > 1, profile "
