@@ -16,7 +16,7 @@ import pytest
 
 from hpcml.tracking import cgroup, journal, telemetry
 from hpcml.tracking.gpus import Gpu
-from hpcml.tracking.host import MIB, Host, Processes, Usage, slurm_limit
+from hpcml.tracking.host import MIB, Host, Processes, Usage, idle_core_s, slurm_limit
 from hpcml.tracking.visible import Seen, choose
 from hpcml.tracking.watching import IDLE_S, THROTTLED_S, Totals, Warnings
 
@@ -594,6 +594,10 @@ def test_processes_are_told_apart_by_their_cgroup(tmp_path: Path, make: Any) -> 
     assert [host.owns(pid) for pid in (101, 104, 105, 106)] == [True, True, False, False]
     assert host.owns(999) is None  # a container's own numbers
 
+    (root / "proc/self/ns").mkdir()
+    (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
+    assert Host(1, root, {}).owns(999) is False
+
 
 def test_idle_time_is_that_of_the_cores_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tick = os.sysconf("SC_CLK_TCK")
@@ -603,9 +607,6 @@ def test_idle_time_is_that_of_the_cores_at_hand(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 11})
     assert idle_core_s(tmp_path) == (1 + 1) + (11 + 1)
     assert idle_core_s(tmp_path / "nowhere") is None
-    (root / "proc/self/ns").mkdir()
-    (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
-    assert Host(1, root, {}).owns(999) is False
 
 
 @pytest.mark.parametrize(
