@@ -6,8 +6,6 @@ After each of them MLflow holds exactly what the journal says: its SQLite file i
 from __future__ import annotations
 
 import contextlib
-import http.client
-import http.server
 import io
 import itertools
 import json
@@ -19,15 +17,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from mlflow_server import HANG, Door, Server, door_of, serving
 
 pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
 
@@ -44,63 +40,18 @@ KEPT = {math.inf: (NEW, 0), -math.inf: (-NEW, 0)}
 Stored = list[tuple[str, int, int, float, int]]
 
 
-class Server:
-    """A real MLflow server over an SQLite file, which can be killed, stopped and started again at its port."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        self.folder, self.words = folder, words
-        self.database = folder / "mlflow.db"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}", *self.words]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        own = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "log").open("ab") as log:
-            self.child = subprocess.Popen(
-                command, cwd=self.folder, env={**os.environ, **own}, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while not self.answers():
-            assert self.child.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
-            time.sleep(0.05)
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (OSError, http.client.HTTPException):
-            return False
-
-    def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, number)  # its own session: the server and its worker
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.child.wait(30)
-
-    def stored(self, experiment: str) -> Stored:
-        """All points of an experiment's MLflow runs, as they lie in the database."""
-        query = """SELECT key, step, timestamp, value, is_nan FROM metrics WHERE run_uuid IN (SELECT run_uuid FROM runs
-            JOIN experiments USING (experiment_id) WHERE experiments.name = ?)"""
-        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=60)) as connection:
-            return sorted(connection.execute(query, (experiment,)).fetchall())
-
-    def count(self, experiment: str) -> int:
-        return len(self.stored(experiment))
+def stored(server: Server, experiment: str) -> Stored:
+    """All points of an experiment's MLflow runs, as they lie in the database."""
+    query = """SELECT key, step, timestamp, value, is_nan FROM metrics WHERE run_uuid IN (SELECT run_uuid FROM runs
+        JOIN experiments USING (experiment_id) WHERE experiments.name = ?)"""
+    with contextlib.closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True, timeout=60)) as connection:
+        return sorted(connection.execute(query, (experiment,)).fetchall())
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.kill()
+    with serving(tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -113,58 +64,10 @@ def server(running: Server) -> Iterator[Server]:
     running.signal(signal.SIGCONT)
 
 
-class Door(http.server.ThreadingHTTPServer):
-    """Passes requests on to the server, or answers with a code, or never."""
-
-    daemon_threads = True
-
-    def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), Pass)
-        self.upstream, self.uri = urlsplit(upstream).netloc, f"http://127.0.0.1:{self.server_address[1]}"
-        self.code = 0
-        self.hangs_on = "nothing"
-        self.opened = threading.Event()
-
-
-class Pass(http.server.BaseHTTPRequestHandler):
-    server: Door
-
-    def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.server.code:
-            self.send_error(self.server.code, "computer says no")
-            return
-        if self.server.hangs_on in self.path:
-            self.server.opened.wait(60)
-            self.close_connection = True
-            return
-        onward = http.client.HTTPConnection(self.server.upstream)
-        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
-        onward.request(self.command, self.path, body, headers)
-        answer = onward.getresponse()
-        content = answer.read()
-        onward.close()
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def door(server: Server) -> Iterator[Door]:
-    with Door(server.uri) as made:
-        thread = threading.Thread(target=made.serve_forever)
-        thread.start()
+    with door_of(server) as made:
         yield made
-        made.opened.set()
-        made.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -249,12 +152,12 @@ def test_a_run_arrives_while_it_goes_on(run: RunDir, server: Server, experiment:
     child = follower(run, server.uri)
     for until in (10, 30):
         write(run, range(until - 10, until))
-        eventually(lambda: server.stored(experiment) == journal_of(run), child)
+        eventually(lambda: stored(server, experiment) == journal_of(run), child)
     assert child.poll() is None
     write(run, range(30, 40))
     end(run)
     assert child.wait(60) == 0
-    assert server.stored(experiment) == journal_of(run) and is_delivered(run, server.uri)
+    assert stored(server, experiment) == journal_of(run) and is_delivered(run, server.uri)
     assert (run.logs / LOG).read_text() == ""
 
 
@@ -271,7 +174,7 @@ def test_the_starter_lets_it_deliver_once_more(run: RunDir, server: Server, expe
     assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
     assert os.getpriority(os.PRIO_PROCESS, child.pid) == follow.NICE
     assert follow.finish(child, 240) and follow.finish(child)
-    assert server.stored(experiment) == journal_of(run) and is_delivered(run, server.uri)
+    assert stored(server, experiment) == journal_of(run) and is_delivered(run, server.uri)
 
 
 def _ignores(pid: int, number: int) -> bool:
@@ -311,7 +214,7 @@ def test_it_ends_with_a_starter_that_was_killed(run: RunDir, server: Server, exp
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": SRC}, capture_output=True, text=True, check=False)
     pid = int(done.stdout)
     eventually(lambda: _is_gone(pid), seconds=240)
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 def _is_gone(pid: int) -> bool:
@@ -325,12 +228,12 @@ def test_without_a_starter_it_ends_with_the_owner(run: RunDir, server: Server, e
     claim(run, owner.pid)
     write(run, range(5))
     child = follower(run, server.uri)
-    eventually(lambda: server.count(experiment) == 10, child)
+    eventually(lambda: len(stored(server, experiment)) == 10, child)
     write(run, range(5, 8))
     owner.kill()
     owner.wait()
     assert child.wait(60) == 0
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 def test_a_store_that_never_answers_does_not_hold_the_starter(run: RunDir) -> None:
@@ -352,7 +255,7 @@ def test_variants_of_a_comparison_are_followed(run: RunDir, server: Server, expe
     write_json(variant.plan, read_json(run.plan))
     child = follower(run, server.uri)
     write(variant, range(5))
-    eventually(lambda: server.stored(experiment) == journal_of(variant), child)
+    eventually(lambda: stored(server, experiment) == journal_of(variant), child)
     end(variant)
     end(run)
     assert child.wait(60) == 0
@@ -372,7 +275,7 @@ def test_refused_then_there(run: RunDir, server: Server, experiment: str) -> Non
     server.start()
     assert one.step() < follow.LONGEST_PAUSE_S
     assert "delivers again, after 6 failures" in log.getvalue()
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 def test_a_server_that_hangs(run: RunDir, server: Server, experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +289,7 @@ def test_a_server_that_hangs(run: RunDir, server: Server, experiment: str, monke
     assert "imed out" in log.getvalue()
     server.signal(signal.SIGCONT)
     one.step()
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 def test_a_server_that_hangs_in_mid_batch(
@@ -395,23 +298,23 @@ def test_a_server_that_hangs_in_mid_batch(
     monkeypatch.setattr(store, "CALL_S", 1)
     one, log = step(run, door.uri)
     write(run, range(1200))
-    door.hangs_on = "log-batch"
+    door.verdict = lambda path, count: HANG if "log-batch" in path else None
     assert one.step() > follow.EVERY_S and "imed out" in log.getvalue()
-    door.hangs_on = "nothing"
+    door.verdict = lambda path, count: None
     monkeypatch.undo()
     one.step()
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 @pytest.mark.parametrize("code", [500, 502, 401, 403])
 def test_a_server_that_refuses(run: RunDir, server: Server, door: Door, experiment: str, code: int) -> None:
     one, log = step(run, door.uri)
     write(run, range(10))
-    door.code = code
+    door.verdict = lambda path, count: code
     assert one.step() > follow.EVERY_S and str(code) in log.getvalue()
-    door.code = 0
+    door.verdict = lambda path, count: None
     one.step()
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 def test_wrong_credentials_at_a_server_with_logins(
@@ -427,17 +330,14 @@ def test_wrong_credentials_at_a_server_with_logins(
     monkeypatch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "of the test")
     folder = tmp_path / "server"
     folder.mkdir()
-    guarded = Server(folder, "--app-name", "basic-auth")
-    try:
+    with serving(folder, "--app-name", "basic-auth") as guarded:
         write(run, range(10))
         one, log = step(run, guarded.uri.replace("//", "//ann:wrong-password@"))
         assert one.step() > follow.EVERY_S and "401" in log.getvalue() and "wrong-password" not in log.getvalue()
         one.uri = guarded.uri.replace("//", "//ann:a-long-password@")
         one.step()
-        assert guarded.stored(experiment) == journal_of(run)
+        assert stored(guarded, experiment) == journal_of(run)
         assert "a-long-password" not in run.delivered.read_text()
-    finally:
-        guarded.kill()
 
 
 def test_an_experiment_that_was_deleted_and_restored(run: RunDir, server: Server, experiment: str) -> None:
@@ -454,20 +354,20 @@ def test_an_experiment_that_was_deleted_and_restored(run: RunDir, server: Server
     assert f"mlflow experiments restore --experiment-id {number}" in log.getvalue()
     client.restore_experiment(number)
     one.step()
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 def test_a_server_killed_in_mid_batch_and_started_again(run: RunDir, server: Server, experiment: str) -> None:
     write(run, range(6000))
     child = follower(run, server.uri)
-    eventually(lambda: server.count(experiment) > 0, child)
+    eventually(lambda: len(stored(server, experiment)) > 0, child)
     server.kill()
-    assert 0 < server.count(experiment) < 12_000
+    assert 0 < len(stored(server, experiment)) < 12_000
     server.start()
     end(run)
     child.wait(120)  # its last try may have met the dead server
     sync(run, server.uri)
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 # ---- faults of the follower --------------------------------------------------------------------------------------------
@@ -481,17 +381,17 @@ def test_a_follower_killed_at_any_moment(run: RunDir, server: Server, experiment
     write(run, range(4000))
     write(run, range(2000), rank=1, values=lambda step: {"größe": odd[step % 5], "loss": odd[step % 5]})
     for _ in range(4):
-        before = server.count(experiment)
+        before = len(stored(server, experiment))
         child = follower(run, server.uri)
         more = generator.randrange(3000)
-        eventually(lambda before=before, more=more: server.count(experiment) > min(11_000, before + more), child)  # type: ignore[misc]
+        eventually(lambda before=before, more=more: len(stored(server, experiment)) > min(11_000, before + more), child)  # type: ignore[misc]
         time.sleep(generator.random() * 0.05)  # somewhere between two calls, or in one
         child.kill()
         child.wait()
     end(run)
     sync(run, server.uri)
-    assert server.stored(experiment) == journal_of(run)
-    assert len(server.stored(experiment)) == 12_000
+    assert stored(server, experiment) == journal_of(run)
+    assert len(stored(server, experiment)) == 12_000
 
 
 def test_a_call_that_was_stored_and_never_noted_is_sent_again(run: RunDir, server: Server, experiment: str) -> None:
@@ -502,7 +402,7 @@ def test_a_call_that_was_stored_and_never_noted_is_sent_again(run: RunDir, serve
     run.delivered.unlink()  # as if killed before each note
     again = deliver(run, server.uri)
     assert (again.run_id, again.points) == (empty.run_id, 1410)
-    there, wanted = server.stored(experiment), journal_of(run)
+    there, wanted = stored(server, experiment), journal_of(run)
     assert len(there) == len(wanted) == 1400 and there == wanted
 
 
@@ -522,7 +422,7 @@ def test_garbage_is_named_and_all_else_arrives(
     end(run)
     sent = deliver(run, server.uri)
     assert sent.points == 12 and [line for _, line, _ in sent.unreadable] == [4, 5, 6, 7, 9]
-    assert len(server.stored(experiment)) == 12
+    assert len(stored(server, experiment)) == 12
     for _ in range(2):  # it is said each time
         assert tell_unreadable(run) == 5
         said = capsys.readouterr().err
@@ -548,7 +448,7 @@ def test_a_foreign_line_of_any_length_takes_bounded_memory(
         file.write(b"x" * 4096 + b"\n" + b"y" * 100_000 + b"\n" + b"z" * 4095 + b"\n")
     write(run, range(3, 6))
     assert [line for _, line, _ in deliver(run, server.uri).unreadable] == [4, 5, 6]
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)
 
 
 def test_a_ledger_that_is_garbage_costs_time_and_no_point(run: RunDir, server: Server, experiment: str) -> None:
@@ -557,4 +457,4 @@ def test_a_ledger_that_is_garbage_costs_time_and_no_point(run: RunDir, server: S
     for text in ("{", "[]", '{"offsets": {}}'):
         run.delivered.write_text(text)
         assert deliver(run, server.uri).run_id == first.run_id
-    assert server.stored(experiment) == journal_of(run)
+    assert stored(server, experiment) == journal_of(run)

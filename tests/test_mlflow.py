@@ -3,18 +3,14 @@
 import base64
 import contextlib
 import fcntl
-import http.client
-import http.server
 import json
 import logging
 import math
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import urllib.request
@@ -22,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from mlflow_server import DROP, Door, Server, door_of, serving
 
 pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
 
@@ -125,93 +121,23 @@ def sqlite(tmp_path: Path, empty_database: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[tuple[str, str]]:
-    """A real MLflow server: its address, and that of the SQLite file behind it."""
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "art")]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("wb") as log:
-        child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
-                assert answer.status == 200
-                break
-            assert child.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", f"sqlite:///{folder}/mlflow.db"
-    finally:
-        os.killpg(child.pid, signal.SIGTERM)  # its own session: the server and its worker
-        child.wait(timeout=30)
-
-
-class Door(http.server.ThreadingHTTPServer):
-    """Passes requests on to the server, as a gateway does, and fails where a test says so."""
-
-    daemon_threads = True
-
-    def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), Pass)
-        self.upstream = urlsplit(upstream).netloc
-        self.uri = f"http://127.0.0.1:{self.server_address[1]}"
-        self.seen: list[tuple[str, str | None]] = []
-        self.largest = 0
-        self.refuse: Callable[[str, int], str | None] = lambda path, count: None
-
-
-class Pass(http.server.BaseHTTPRequestHandler):
-    server: Door
-
-    def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.largest = max(self.server.largest, len(body))
-        self.server.seen.append((self.path, self.headers.get("Authorization")))
-        count = sum(path == self.path for path, _ in self.server.seen)
-        verdict = self.server.refuse(self.path, count)
-        if verdict and verdict != "drop the answer":
-            self.send_error(int(verdict), "computer says no")
-            return
-        onward = http.client.HTTPConnection(self.server.upstream)
-        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
-        onward.request(self.command, self.path, body, headers)
-        answer = onward.getresponse()
-        content = answer.read()
-        onward.close()
-        if verdict == "drop the answer":
-            self.close_connection = True
-            return
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    with serving(folder) as started:
+        yield started
 
 
 @pytest.fixture
-def door(server: tuple[str, str]) -> Iterator[Door]:
-    with Door(server[0]) as made:
-        thread = threading.Thread(target=made.serve_forever)
-        thread.start()
+def door(server: Server) -> Iterator[Door]:
+    with door_of(server) as made:
         yield made
-        made.shutdown()
-        thread.join()
 
 
 @pytest.fixture(params=["sqlite", "server"])
 def uri(request: pytest.FixtureRequest) -> str:
     """Both kinds of store."""
-    return request.getfixturevalue("sqlite") if request.param == "sqlite" else request.getfixturevalue("server")[0]
+    return request.getfixturevalue("sqlite") if request.param == "sqlite" else request.getfixturevalue("server").uri
 
 
 # ---- what arrives -----------------------------------------------------------------------------------------------------
@@ -315,7 +241,7 @@ def test_marker_and_report_are_sent_last(tmp_path: Path, door: Door) -> None:
 
 
 def test_mlflow_ui_shows_what_went_into_the_file(
-    tmp_path: Path, server: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, file = server
     monkeypatch.chdir(tmp_path)
@@ -570,10 +496,10 @@ def test_another_store_gets_everything_and_the_first_no_copy(tmp_path: Path, sql
     run = make_run(tmp_path / "runs", experiment="moving")
     train(run)
     here = deliver(run, sqlite)
-    there = deliver(run, server[0])
+    there = deliver(run, server.uri)
     assert (there.points, there.artifacts) == (10, here.artifacts)
     assert deliver(run, sqlite).run_id == here.run_id
-    assert len(runs(sqlite, "moving")) == len(runs(server[0], "moving")) == 1
+    assert len(runs(sqlite, "moving")) == len(runs(server.uri, "moving")) == 1
     assert len(history(sqlite, here.run_id, "loss")) == 5
 
 
@@ -632,13 +558,13 @@ def test_a_server_that_is_down_loses_nothing(tmp_path: Path, door: Door) -> None
     assert not run.delivered.exists()
 
     # The server dies with the third call of points: stored there, never acknowledged here.
-    door.refuse = lambda path, count: "drop the answer" if path.endswith("runs/log-batch") and count == 2 else None
+    door.verdict = lambda path, count: DROP if path.endswith("runs/log-batch") and count == 2 else None
     with pytest.raises(ServiceSilent, match="nothing is lost"):
         deliver(run, door.uri)
     noted = sum(read_json(run.delivered)["lines"].values())
     assert 0 < noted < 1500
 
-    door.refuse = lambda path, count: None
+    door.verdict = lambda path, count: None
     sent = deliver(run, door.uri)
     assert sent.points == 3000 - 2 * noted
     assert len(runs(door.uri, "down")) == 1
@@ -662,7 +588,7 @@ def test_a_server_that_accepts_and_says_nothing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("code", ["401", "403", "500", "503"])
 def test_a_server_that_refuses_is_quoted(tmp_path: Path, door: Door, code: str) -> None:
-    door.refuse = lambda path, count: code
+    door.verdict = lambda path, count: code
     with pytest.raises(ServiceSilent, match=code) as caught:
         deliver(make_run(tmp_path / "runs"), door.uri)
     assert caught.value.exit_code == 3
@@ -671,12 +597,12 @@ def test_a_server_that_refuses_is_quoted(tmp_path: Path, door: Door, code: str) 
 def test_an_artifact_store_that_fails_comes_after_the_points(tmp_path: Path, door: Door) -> None:
     run = make_run(tmp_path / "runs", experiment="artifacts fail")
     train(run)
-    door.refuse = lambda path, count: "500" if "mlflow-artifacts" in path else None
+    door.verdict = lambda path, count: "500" if "mlflow-artifacts" in path else None
     with pytest.raises(ServiceSilent):
         deliver(run, door.uri)
     (found,) = runs(door.uri, "artifacts fail")
     assert found.info.status == "FINISHED" and len(history(door.uri, found.info.run_id, "loss")) == 5
-    door.refuse = lambda path, count: None
+    door.verdict = lambda path, count: None
     sent = deliver(run, door.uri)
     assert (sent.points, sent.artifacts) == (0, 6)
 
@@ -690,7 +616,7 @@ def test_credentials_reach_the_server_and_nobody_else(
     sent = deliver(run, login)
     expected = "Basic " + base64.b64encode(b"ann@uni:s/cr:t").decode()
     assert {header for _, header in door.seen} == {expected}
-    door.refuse = lambda path, count: "500"
+    door.verdict = lambda path, count: "500"
     with pytest.raises(ServiceSilent) as caught:
         deliver(run, login)
     dead = "http://ann%40uni:s%2Fcr%3At@127.0.0.1:1"
@@ -800,8 +726,8 @@ sys.exit(any(os.wait()[1] for _ in sys.argv[3:] for racer in range(2)))
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["server", "sqlite"])
-def test_two_processes_deliver_one_run_at_once(tmp_path: Path, server: tuple[str, str], sqlite: str, kind: int) -> None:
-    uri = (server[0], sqlite)[kind]
+def test_two_processes_deliver_one_run_at_once(tmp_path: Path, server: Server, sqlite: str, kind: int) -> None:
+    uri = (server.uri, sqlite)[kind]
     run = make_run(tmp_path / "runs", experiment="race")
     train(run, range(1200))
     environment = {**os.environ, "PYTHONPATH": SRC, "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -854,11 +780,11 @@ def test_delivered_means_all_of_it(tmp_path: Path, door: Door) -> None:
     run = make_run(tmp_path / "runs", experiment="all of it")
     train(run)
     assert not is_delivered(run)
-    door.refuse = lambda path, count: "500" if "mlflow-artifacts" in path else None
+    door.verdict = lambda path, count: "500" if "mlflow-artifacts" in path else None
     with pytest.raises(ServiceSilent):
         deliver(run, door.uri)
     assert run.delivered.exists() and not is_delivered(run)
-    door.refuse = lambda path, count: None
+    door.verdict = lambda path, count: None
     changes: list[Callable[[], object]] = [
         lambda: None,
         lambda: train(run, range(5, 6)),

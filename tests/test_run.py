@@ -46,6 +46,21 @@ def test_a_bare_run_ends_with_its_process(folder: Path) -> None:
     assert (folder / "runs" / ".gitignore").read_text() == "*\n"
 
 
+def test_a_bare_run_is_watched_too(folder: Path) -> None:
+    body = """
+import time, hpcml
+from hpcml.tracking import journal
+run = hpcml.begin()
+while not (found := list(journal.read(run.dir.events, kinds={"sample"}))):
+    time.sleep(0.05)
+"""
+    done = python(folder, body)
+    assert done.returncode == 0, done.stderr
+    (file,) = (folder / "runs").glob("*/events/0.0.telemetry.jsonl")
+    kinds = {json.loads(line)["kind"] for line in file.read_text().splitlines()}
+    assert kinds >= {"sample", "totals"}
+
+
 def test_an_exception_that_nobody_caught_is_a_failure(folder: Path) -> None:
     done = python(folder, "import hpcml\nhpcml.begin()\nraise ValueError('no good')\n")
     (marker,) = markers(folder)

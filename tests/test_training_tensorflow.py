@@ -16,7 +16,8 @@ import pytest
 from hpcml.errors import HpcmlError
 from hpcml.tracking import journal
 from hpcml.training import recorder
-from hpcml.training.tensorflow import Expected, advice, check_replicas, expected_replicas
+from hpcml.training.common import Expected
+from hpcml.training.tensorflow import advice, check_replicas, expected_replicas
 
 ORIGINAL = Expected("original")
 ONE_NODE = Expected("multiworker", world=2, gpus_per_task=1)

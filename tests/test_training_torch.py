@@ -21,8 +21,8 @@ from hpcml import facts, job, plan, rundir, site
 from hpcml.errors import HpcmlError
 from hpcml.node import bootstrap, devices, topology
 from hpcml.tracking import journal
+from hpcml.training.common import Expected
 from hpcml.training.ddp import check_batch
-from hpcml.training.tensorflow import Expected
 from hpcml.training.torch import advice, choose_device
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +118,7 @@ from hpcml import rundir
 from hpcml.errors import HpcmlError
 from hpcml.tracking.journal import Journal
 from hpcml.training import ddp, torch as training
-from hpcml.training.tensorflow import Expected
+from hpcml.training.common import Expected
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 expected = Expected("ddp", world=2, virtual=True)

@@ -7,24 +7,20 @@ threads, TF_CONFIG, devices and the Keras flavour; elsewhere ``begin`` does it, 
 import atexit
 import contextlib
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import rundir
-from . import site as sites
+from . import bare, rundir
 from .errors import HpcmlError
-from .job import Scalar, project_of
-from .node import batch, bootstrap, exits, session
+from .job import Scalar
+from .node import batch, bootstrap, exits
 from .node.devices import Devices
 from .node.topology import Topology
 from .plan import NEVER_CHECKED, from_json
 from .rundir import RunDir
-from .slurm import commands
 from .tracking import journal, provenance
 from .tracking.journal import Journal
 
@@ -36,10 +32,6 @@ Batch = TypeVar("Batch")
 TENSORFLOW_STRATEGIES = ("original", "mirrored", "multiworker")
 STRATEGIES = (*TENSORFLOW_STRATEGIES, "ddp")
 _FRAMEWORKS = ("tensorflow", "keras", "tf_keras")
-# A bare run delivers when it ends; a server that is away must not hold the shell longer than this.
-DELIVERY_S = 60
-# Ranks of one training end within moments of each other.
-OTHERS_S = 30
 
 _current: "Run | None" = None
 
@@ -56,7 +48,7 @@ class Run:
         params: the job's parameters laid over the work's defaults.
         precision: Keras's mixed precision policy.
         profile: the first and last step to profile.
-        bare: whether no worker started it; it then writes its own end marker.
+        session: where no worker started it: what it does for itself, above all its own end marker.
     """
 
     dir: RunDir
@@ -65,11 +57,10 @@ class Run:
     devices: Devices
     params: Mapping[str, Scalar | None]
     precision: str
-    bare: bool
     journal: Journal
     profile: tuple[int, int] | None = None
+    session: bare.Session | None = None
     began: float = field(default_factory=time.perf_counter)
-    started: float = field(default_factory=time.time)
     finished: bool = False
     _logged: dict[str, Any] = field(default_factory=dict)
     _training: Any = None
@@ -212,62 +203,30 @@ class Run:
         self.journal.write("finish", state=state, reason=reason)
         self.journal.close()
         _current = None if _current is self else _current
-        if not self.bare:
+        if self.session is None:
             return
         exits.unwatch()
         if state == "COMPLETED" and self.strategy and not self._was_checked():
             exit_code, reason = 1, NEVER_CHECKED.format(strategy=self.strategy)
             print(f"hpcml: {reason}", file=sys.stderr, flush=True)
-        try:
-            self._mark(exit_code, reason)
-        except OSError as error:
-            print(f"hpcml: warning: the run has no end marker: {error}", file=sys.stderr, flush=True)
-        if self.topology.rank == 0:
-            _deliver(self.dir)
+        bare.end(self.session, exit_code, reason, self.journal.untold)
 
     def _was_checked(self) -> bool:
         rank = self.topology.rank
         return any(r["rank"] == rank for r in _records(self.dir, "replicas"))
 
     def _expected(self) -> Any:
-        from .training import tensorflow
+        from .training.common import Expected
 
         if self.strategy is None:
             raise HpcmlError("the run was begun without a strategy", fix='hpcml.begin(strategy="original")')
-        return tensorflow.Expected(
+        return Expected(
             strategy=self.strategy,
             world=self.topology.world,
             gpus_per_task=len(self.devices.gpus),
             virtual=not self.devices.gpus,
             virtual_devices=max(1, self.devices.virtual),
         )
-
-    def _mark(self, code: int, reason: str) -> None:
-        number = self.topology.rank
-        rank = {"rank": number, "exit_code": code, "reason": reason, "restart": _restart()}
-        mine = (r for r in _records(self.dir, "replicas") if r["rank"] == number)
-        replicas = next((r["in_sync"] for r in mine), None)
-        lost = journal.lost(self.dir.events, number, _restart()) + self.journal.untold
-        ended = {"replicas_in_sync": replicas, "lost": lost, "started": self.started, "ended": time.time()}
-        rundir.write_json(self.dir.status_of(number), {**rank, **ended})
-        if number == 0:
-            missing = self._wait_for_others()
-            marker = batch.close_run(self.dir, code)
-            if missing:
-                text = f"rank {missing[0]} gave no end marker within {OTHERS_S} s of rank 0's"
-                marker |= {"state": "FAILED", "exit_code": 1, "reason": marker["reason"] or text}
-                rundir.write_json(self.dir.status, marker)
-            print(f"hpcml: run {self.dir.id} · {marker['state']} · {self.dir.path}", flush=True)
-
-    def _wait_for_others(self) -> list[int]:
-        """Wait, bounded, until the other ranks of a bare run have left their markers; returns those that have not."""
-        deadline = time.monotonic() + OTHERS_S
-        while True:
-            ended = [rundir.read_json(self.dir.status_of(rank)) for rank in range(self.topology.world)]
-            missing = [rank for rank, marker in enumerate(ended) if marker.get("restart", -1) != _restart()]
-            if not missing or time.monotonic() > deadline:
-                return missing
-            time.sleep(0.1)
 
 
 def begin(strategy: str | None = None, *, new: bool = False) -> Run:
@@ -339,37 +298,20 @@ def _under_worker(strategy: str | None, prepared: bootstrap.Bootstrap) -> Run:
     atexit.register(writer.close)  # work that never calls finish()
     chosen = plan.strategy or strategy
     return Run(
-        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, False, writer,
+        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, writer,
         plan.profile,
     )  # fmt: skip
 
 
 def _bare(strategy: str | None) -> Run:
     """A run that nobody prepared: ipython, JupyterLab, a bare srun, torchrun."""
-    where, _ = sites.choose(None, commands.cluster_name())
-    script = session.script()
-    folder = project_of(script if script else Path.cwd() / "session.py")
-    decided = session.plan_of(strategy, where, script, folder)
-    prepared = bootstrap.prepare(os.environ, strategy, decided.keras)
-    os.environ.update({k: v for k, v in prepared.variables.items() if k != bootstrap.HANDOVER})
-    place = prepared.topology
-    root = rundir.runs_root(where, folder)
-    if place.world == 1:
-        run_dir = rundir.create(root, decided.name)
-    else:
-        run_dir = rundir.adopt(root, session.shared_id(root, decided.name, place, _restart(), len(_BEGUN)))
-    if place.rank == 0:
-        rundir.write_json(run_dir.plan, decided.to_json())
-        provenance.record(run_dir, decided)
-        rundir.claim(run_dir)
-        if os.environ.get("SLURM_JOB_ID"):
-            rundir.write_json(
-                run_dir.submitted, {"slurm_job_id": int(os.environ["SLURM_JOB_ID"]), "submitted": time.time()}
-            )
-    print(f"hpcml: run {run_dir.id} · {strategy or 'no strategy'} · {prepared.describe()}", flush=True)
-    writer = Journal(run_dir.event_file(place.rank, _restart(), "rank"))
-    _record_facts(writer, prepared)
-    run = Run(run_dir, strategy, place, prepared.devices, decided.effective_params, decided.precision, True, writer)
+    held = bare.begin(strategy, _restart(), len(_BEGUN))
+    writer = Journal(held.dir.event_file(held.ready.topology.rank, held.restart, "rank"))
+    _record_facts(writer, held.ready)
+    run = Run(
+        held.dir, strategy, held.ready.topology, held.ready.devices, held.plan.effective_params, held.plan.precision,
+        writer, session=held,
+    )  # fmt: skip
     exits.watch()
     atexit.register(_finish_at_exit, run, getattr(sys, "last_value", None), os.getpid())
     return run
@@ -412,17 +354,3 @@ def _finish_at_exit(run: Run, before: BaseException | None, pid: int) -> None:
         run._end("FAILED", str(code)[:300] if not isinstance(code, int) else f"exit code {status}", status)
     else:
         run.finish()
-
-
-def _deliver(run_dir: RunDir) -> None:
-    """Deliver in a process of its own, so that MLflow's imports, threads and failures stay out of this one."""
-    with contextlib.suppress(OSError):
-        words = [sys.executable, "-m", "hpcml.cli", "sync", run_dir.id]
-        environment = {**os.environ, "HPCML_RUNS": str(run_dir.root)}
-        try:
-            done = subprocess.run(words, env=environment, timeout=DELIVERY_S, check=False, stdin=subprocess.DEVNULL)
-            silent = done.returncode != 0
-        except subprocess.TimeoutExpired:
-            silent = True
-        if silent:
-            print(f"hpcml: not delivered to MLflow; nothing is lost: hpcml sync {run_dir.id}", file=sys.stderr)

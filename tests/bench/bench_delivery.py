@@ -11,18 +11,16 @@ listens, against the same with a store that is there; afterwards `hpcml sync` de
 import argparse
 import contextlib
 import json
-import os
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+
+from mlflow_server import serving
 
 from bench import pairs, turns
 from bench.bench_training import HPCML, SECONDS, Training
@@ -40,33 +38,6 @@ MILLION_BOUND = pairs.Bound(1.2, at_least=False, pairs=1)
 DEAD_PAIRS, MOST_PAIRS, LIMIT_S = 12, 24, 25 * 60
 DEAD_BOUND = pairs.Bound(0.98, at_least=True, pairs=DEAD_PAIRS, width=0.04)
 START_MS = 1_700_000_000_000
-
-
-@contextlib.contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """Run an MLflow server in a folder and yield its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    words += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
-    own = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("wb") as log:
-        child = subprocess.Popen(
-            words, cwd=folder, env=pairs.environment() | own, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                break
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the MLflow server did not start: {(folder / 'log').read_text()[-2000:]}")
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(child.pid, signal.SIGTERM)  # its own session: the server and its worker
-        child.wait(60)
 
 
 def prepare(root: Path, count: int) -> RunDir:
@@ -118,8 +89,8 @@ def with_mlflow(count: int, uri: str) -> float:
 def speeds(folder: Path, *, quick: bool) -> list[pairs.Figure]:
     """Measure delivery against MLflow's own client."""
     count, large = (5_000, 20_000) if quick else (POINTS, MILLION)
-    with server(folder) as uri:
-        runs = folder / "runs"
+    with serving(folder, environment=pairs.environment()) as server:
+        runs, uri = folder / "runs", server.uri
         both = pairs.in_turn(lambda: count / with_hpcml(runs, count, uri), lambda: count / with_mlflow(count, uri))
         with_hpcml(runs, CALL, uri), with_mlflow(CALL, uri)  # imports MLflow, makes the experiments
         measured = []

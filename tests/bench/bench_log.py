@@ -7,18 +7,15 @@ one after the other: ours for 100,000 calls, MLflow's for as many calls as fit i
 """
 
 import argparse
-import contextlib
 import itertools
 import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from mlflow_server import serving
 
 from bench import pairs
 
@@ -27,36 +24,6 @@ BOUND = pairs.Bound(2000, at_least=True, pairs=PAIRS)
 CALLS = 100_000
 SERVER_S = 2.0
 P99_CALLS, P99_US = 200_000, 50
-READY_S = 120
-
-
-@contextlib.contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """Start a real MLflow server below a folder, yield its address once it answers, and end it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
-    words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    words += ["--artifacts-destination", str(folder / "artifacts")]
-    own = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("wb") as log:
-        child = subprocess.Popen(
-            words, cwd=folder, env={**pairs.environment(), **own}, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + READY_S
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
-                break
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"mlflow server did not start\n{(folder / 'server.log').read_text()[-2000:]}")
-            time.sleep(0.1)
-        yield address
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM)  # its own session: the server and its worker
-        child.wait()
 
 
 def journal_side(log: Callable[..., bool], names: tuple[str, ...], calls: int) -> Callable[[], float]:
@@ -110,9 +77,9 @@ def main() -> int:
     quick = parser.parse_args().quick
     pairs.announce("log")
     calls, seconds, count = (5000, 0.3, 2) if quick else (CALLS, SERVER_S, PAIRS)
-    with tempfile.TemporaryDirectory() as name, server(Path(name)) as address:
+    with tempfile.TemporaryDirectory() as name, serving(Path(name), environment=pairs.environment()) as server:
         own = {"HPCML_RUNS": f"{name}/runs", "HPCML_SITE": "local", "HPCML_DEVICES": "cpu"}
-        os.environ.update({**own, "MLFLOW_TRACKING_URI": address, "MLFLOW_DISABLE_TELEMETRY": "true"})
+        os.environ.update({**own, "MLFLOW_TRACKING_URI": server.uri, "MLFLOW_DISABLE_TELEMETRY": "true"})
         import mlflow
 
         import hpcml
@@ -132,7 +99,7 @@ def main() -> int:
                 sides = ("run.log", "log_metric")
                 figures.append(pairs.Figure(f"{len(names)} a call", told, sides, "points/s", measured, BOUND))
         took = latencies(run.log, 5000 if quick else P99_CALLS)
-        run.bare = False  # its million points are no use to a server that is about to end
+        run.session = None  # its million points are no use to a server that is about to end
         run.finish()
     p50, p99, p999 = (took[int(len(took) * part)] for part in (0.5, 0.99, 0.999))
     verdict = "holds" if p99 <= P99_US else "does not hold"

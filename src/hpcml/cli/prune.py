@@ -115,8 +115,8 @@ def _ended_at(run: RunDir) -> float:
 
 def _profiles(run: RunDir) -> Iterator[Path]:
     for one in (run, *rundir.children(run)):
-        if (one.path / "profile").is_dir():
-            yield one.path / "profile"
+        if one.profile.is_dir():
+            yield one.profile
 
 
 def _size(folder: Path) -> int:

@@ -20,7 +20,7 @@ def beside(run: RunDir, ready: bootstrap.Bootstrap, environment: Mapping[str, st
         environment: as this rank was given it, before its own devices were chosen.
     """
     delivery = follow.in_job(run) if ready.topology.rank == 0 else None
-    watching = _watch(run, ready, environment, restart)
+    watching = watch(run, ready, environment, restart)
     try:
         yield
     finally:
@@ -29,9 +29,14 @@ def beside(run: RunDir, ready: bootstrap.Bootstrap, environment: Mapping[str, st
         follow.finish(delivery, DELIVERY_S)
 
 
-def _watch(
+def watch(
     run: RunDir, ready: bootstrap.Bootstrap, environment: Mapping[str, str], restart: int
 ) -> telemetry.Telemetry | None:
+    """Start telemetry in this process; None where another rank of the node watches.
+
+    Args:
+        environment: as for ``beside``.
+    """
     place = ready.topology
     share = telemetry.share_of(
         topology.visible_gpus(environment), ready.devices.gpus, place.local_rank, place.local_world

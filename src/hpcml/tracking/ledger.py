@@ -88,25 +88,25 @@ def load(run: RunDir) -> Ledger:
 
 def new_lines(run: RunDir, ledger: Ledger) -> Iterator[Line]:
     """Yield the whole lines behind what was sent, file by file; the records with ``rank``, ``restart`` and ``writer``."""
-    for path, place in reader._files(run.events):
+    for path, place in reader.event_files(run.events):
         offset, number = ledger.offsets.get(path.name, 0), ledger.lines.get(path.name, 0)
         with path.open("rb") as file:
             if file.seek(0, os.SEEK_END) < offset:
                 offset = number = 0  # cut, by whomever: what is sent again is stored once
             file.seek(offset)
-            for found, length in reader._found(file, place, None, number):
+            for found, length in reader.records_of(file, place, None, number):
                 offset, number = offset + length, number + 1
                 yield Line(path.name, number, offset, found)
 
 
 def has_news(run: RunDir, ledger: Ledger) -> bool:
     """Whether the journal holds a whole line that was not sent."""
-    for path, _ in reader._files(run.events):
+    for path, _ in reader.event_files(run.events):
         offset = ledger.offsets.get(path.name, 0)
         if (size := path.stat().st_size) == offset:
             continue
         with path.open("rb") as file:
             file.seek(offset if size > offset else 0)
-            if next(reader._lines(file), None):
+            if next(reader.whole_lines(file), None):
                 return True
     return False

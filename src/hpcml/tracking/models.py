@@ -153,7 +153,7 @@ def load(folder: Path) -> Any:
 def quietly() -> Iterator[None]:
     """Keep MLflow from telemetry, progress bars, asking package indexes, and its warnings, meanwhile."""
     settings = {**store.QUIET, "MLFLOW_LOCK_MODEL_DEPENDENCIES": "false"}
-    with store._environment(settings), store._silenced(), warnings.catch_warnings(action="ignore"):
+    with store.environment(settings), store.silenced(), warnings.catch_warnings(action="ignore"):
         yield
 
 

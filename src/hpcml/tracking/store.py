@@ -112,10 +112,10 @@ def opened(address: Address, lock: Path, what: str) -> Iterator[Store]:
     if address.database:
         lock = address.database.with_name(address.database.name + ".lock")
         settings["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"  # closes the file after each use
-    with _environment(settings), warnings.catch_warnings(action="ignore"):
+    with environment(settings), warnings.catch_warnings(action="ignore"):
         errors = _service_errors()
         try:
-            with _silenced(), _locked(lock, address):
+            with silenced(), _locked(lock, address):
                 yield Store(_client(address), address)
         except errors as error:
             words = re.sub(r"\s+", " ", str(error) or type(error).__name__)
@@ -144,7 +144,7 @@ def _client(address: Address) -> Any:
         _make(address.database, address.uri)
         address.artifact_root.mkdir(mode=0o700, exist_ok=True)
     client = MlflowClient(tracking_uri=address.uri)
-    with _environment({"MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}):
+    with environment({"MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}):
         client.search_experiments(max_results=1)
     return client
 
@@ -197,7 +197,8 @@ def _flock(handle: int) -> bool:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables meanwhile."""
     before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
@@ -209,7 +210,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silence MLflow's loggers meanwhile: what matters of theirs arrives as an exception."""
     loggers = [logging.getLogger(name) for name in LOUD_LOGGERS]
     levels = [logger.level for logger in loggers]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import rundir
 from ..errors import HpcmlError
-from .tensorflow import Expected
+from .common import Expected
 
 if TYPE_CHECKING:
     import torch

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..tracking.journal import Journal
+from .common import Expected, tell_epoch
 from .profile import ProfiledSteps
-from .tensorflow import Expected, advice, check_replicas, expected_replicas, wait_for
-
-_HEADLINES = ("val_accuracy", "accuracy", "val_loss", "loss")
+from .tensorflow import advice, check_replicas, expected_replicas, wait_for
 
 
 class Recorder:
@@ -108,10 +107,7 @@ class Recorder:
             values["step_time_ms"] = 1000 * trained_s / steps
         self._journal.metric(epoch, values)
         if self._rank == 0:
-            total = self.params["epochs"]
-            headline = next((f" {name} {values[name]:.3f}" for name in _HEADLINES if name in values), "")
-            text = f"epoch {epoch}/{total}{headline}"
-            self._journal.write("progress", done=epoch, total=total, unit="epoch", text=text)
+            tell_epoch(self._journal, epoch, self.params["epochs"], values)
 
     def _warn(self, error: Exception) -> None:
         text = f"an epoch's numbers are not recorded: {type(error).__name__}: {error}"

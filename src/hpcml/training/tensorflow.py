@@ -10,12 +10,12 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import HpcmlError
 from ..tracking.journal import Journal
+from .common import Expected
 from .profile import ProfiledSteps, Profiler, only_clock
 
 _CALLS = {
@@ -26,30 +26,6 @@ _CALLS = {
 _CHATTER = re.compile(
     rb"WARNING: All log messages before absl|I0000 |To enable the following instructions|E0000 .*failed call to cuInit"
 )
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What this process was given, and so what TensorFlow must use.
-
-    Attributes:
-        strategy: ``original``, ``mirrored`` or ``multiworker``.
-        world: tasks of the job.
-        gpus_per_task: GPUs given to this task.
-        virtual: whether this is a rehearsal on virtual CPU devices.
-        virtual_devices: logical CPU devices of this task in a rehearsal.
-    """
-
-    strategy: str
-    world: int = 1
-    gpus_per_task: int = 0
-    virtual: bool = False
-    virtual_devices: int = 1
-
-    @property
-    def devices(self) -> int:
-        """Devices of this task, at least the CPU."""
-        return max(1, self.virtual_devices if self.virtual else self.gpus_per_task)
 
 
 def configure(expected: Expected, *, precision: str, seed: int | None = None) -> list[str]:

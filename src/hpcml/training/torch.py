@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import HpcmlError
 from ..tracking.journal import Journal
+from .common import Expected, tell_epoch
 from .ddp import Stop, check_batch, check_loader, check_ranks, collective_device, raise_unless_same, same_weights
-from .tensorflow import Expected
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ Batch = TypeVar("Batch")
 # The weights are compared after these steps: gradients that are not averaged differ at once, those that are averaged
 # only at some steps (no_sync, accumulation) by the tenth. The end of the first epoch is the third time.
 CHECKED_STEPS = (1, 10)
-_HEADLINES = ("val_accuracy", "accuracy", "val_loss", "loss")
 
 
 def choose_device(expected: Expected, seen: int, *, built_with_cuda: bool = True) -> str:
@@ -149,10 +148,7 @@ class Training:
             if epoch == 1 and self._step and self._step not in CHECKED_STEPS:
                 self._compare()
             if self._rank == 0:
-                values = self._logged()
-                headline = next((f" {name} {float(values[name]):.3f}" for name in _HEADLINES if name in values), "")
-                text = f"epoch {epoch}/{self._epochs}{headline}"
-                self._journal.write("progress", done=epoch, total=self._epochs, unit="epoch", text=text)
+                tell_epoch(self._journal, epoch, self._epochs, self._logged())
             if self.stop.agreed:
                 return
 

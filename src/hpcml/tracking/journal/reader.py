@@ -61,10 +61,10 @@ def scan(
     folder: Path, after: Mapping[str, int] | None = None, kinds: Collection[str] | None = None
 ) -> Iterator[dict[str, Any] | Unreadable]:
     """Yield records as :func:`read` does, and each line that is none as ``Unreadable``, in one pass."""
-    for path, place in _files(folder):
+    for path, place in event_files(folder):
         try:
             with path.open("rb") as file:
-                for found, _ in _found(file, place, kinds, 0, (after or {}).get(path.name, 0)):
+                for found, _ in records_of(file, place, kinds, 0, (after or {}).get(path.name, 0)):
                     if found is not None:
                         yield found
         except OSError as error:
@@ -86,7 +86,7 @@ class Reader:
     def new(self) -> list[dict[str, Any]]:
         """Return the records, as :func:`read` gives them, of the lines that were completed since the last call."""
         records = []
-        for path, place in _files(self.folder):
+        for path, place in event_files(self.folder):
             offset, lines = self._reached.get(path.name, (0, 0))
             with contextlib.suppress(OSError):
                 size = path.stat().st_size
@@ -95,7 +95,7 @@ class Reader:
                 if size > offset:
                     with path.open("rb") as file:
                         file.seek(offset)
-                        for found, length in _found(file, place, self.kinds, lines):
+                        for found, length in records_of(file, place, self.kinds, lines):
                             offset, lines = offset + length, lines + 1
                             if isinstance(found, dict):
                                 records.append(found)
@@ -103,7 +103,7 @@ class Reader:
         return records
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def event_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the files of a journal with what their names say."""
     for path in sorted(folder.glob("*.*.*.jsonl")):
         rank, restart, writer = path.name.removesuffix(".jsonl").split(".", 2)
@@ -111,12 +111,12 @@ def _files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path, {"rank": int(rank), "restart": int(restart), "writer": writer}
 
 
-def _found(
+def records_of(
     file: BinaryIO, place: Mapping[str, Any], kinds: Collection[str] | None, number: int, after: int = 0
 ) -> Iterator[tuple[dict[str, Any] | Unreadable | None, int]]:
     """Yield what each complete line holds, None for one not wanted, with its length in bytes."""
     wanted = None if kinds is None else {kind.encode() for kind in kinds}
-    for line, length in _lines(file):
+    for line, length in whole_lines(file):
         number += 1
         if number <= after or (wanted is not None and (kind := _KIND.match(line)) and kind[1] not in wanted):
             yield None, length
@@ -132,7 +132,7 @@ def _found(
             yield Unreadable(Path(file.name).name, number, text), length
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """Yield each complete line with its length; of one that is too long its beginning."""
     while line := file.readline(MAX_LINE):
         length, part = len(line), line

@@ -1,0 +1,39 @@
+"""What all frameworks' trainings have in common: what was given to a process, and how an epoch is told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..tracking.journal import Journal
+
+_HEADLINES = ("val_accuracy", "accuracy", "val_loss", "loss")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What this process was given, and so what the framework must use.
+
+    Attributes:
+        strategy: such as ``mirrored``.
+        world: tasks of the job.
+        gpus_per_task: GPUs given to this task.
+        virtual: whether this is a rehearsal on virtual CPU devices.
+        virtual_devices: logical CPU devices of this task in a rehearsal.
+    """
+
+    strategy: str
+    world: int = 1
+    gpus_per_task: int = 0
+    virtual: bool = False
+    virtual_devices: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Devices of this task, at least the CPU."""
+        return max(1, self.virtual_devices if self.virtual else self.gpus_per_task)
+
+
+def tell_epoch(journal: Journal, epoch: int, epochs: int, values: Mapping[str, Any]) -> None:
+    """Record the progress of a training, with the number that matters most among an epoch's."""
+    headline = next((f" {name} {float(values[name]):.3f}" for name in _HEADLINES if name in values), "")
+    journal.write("progress", done=epoch, total=epochs, unit="epoch", text=f"epoch {epoch}/{epochs}{headline}")
