@@ -639,6 +639,15 @@ def test_addresses_that_mlflow_does_not_take(tmp_path: Path, uri: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+def test_a_setting_of_mlflow_that_is_no_number_is_named(
+    tmp_path: Path, sqlite: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "soon")
+    with pytest.raises(HpcmlError, match=f"{name}='soon' is no number"):
+        deliver(make_run(tmp_path / "runs"), sqlite)
+
+
 def test_a_database_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, and long enough to be asked for its header " * 9)
     with pytest.raises(ServiceSilent, match="not a database"):

@@ -167,8 +167,8 @@ def duration(seconds: float) -> str:
 def _last_metrics(run: RunDir) -> dict[str, float]:
     wanted = ("accuracy", "val_accuracy", "loss", "val_loss", "samples_per_s")
     newest: dict[str, float] = {}
-    for record in journal.read(run.events):
-        if record["kind"] == "metric" and record["rank"] == 0:
+    for record in journal.read(run.events, kinds={"metric"}):
+        if record["rank"] == 0:
             newest |= record["values"]
     return {name: newest[name] for name in wanted if name in newest}
 

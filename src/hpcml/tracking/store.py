@@ -106,9 +106,9 @@ def opened(address: Address, lock: Path, what: str) -> Iterator[Store]:
 
     Raises:
         ServiceSilent: the store gives no answer, refuses, or stays locked; also in the midst of the work.
+        HpcmlError: MLflow is not installed, or its variables hold no numbers.
     """
-    patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(CALL_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    settings = {**QUIET, **{name: os.environ.get(name, value) for name, value in patience.items()}, **address.env}
+    settings = {**QUIET, **_patience(), **address.env}
     if address.database:
         lock = address.database.with_name(address.database.name + ".lock")
         settings["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"  # closes the file after each use
@@ -125,6 +125,16 @@ def opened(address: Address, lock: Path, what: str) -> Iterator[Store]:
             raise ServiceSilent(f"MLflow at {address.shown} did not take {what}: {words}", fix=LATER) from None
         except ImportError as error:
             raise HpcmlError(f"MLflow at {address.shown} needs a package: {error}", fix="pip install it") from None
+
+
+def _patience() -> dict[str, str]:
+    """Return how long MLflow waits for a server: as the user set it, else shorter than its own defaults."""
+    defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(CALL_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    chosen = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    for name, value in chosen.items():
+        if not value.strip().isdecimal():
+            raise HpcmlError(f"{name}={value!r} is no number", allowed="a whole number", fix=f"unset {name}")
+    return chosen
 
 
 def _service_errors() -> tuple[type[Exception], ...]:
