@@ -194,13 +194,31 @@ def _ignores(pid: int, number: int) -> bool:
 def test_mlflow_is_imported_where_a_core_is_idle(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, idle_s: Iterator[float | None], patience_s: float, steps: int
 ) -> None:
-    looks, done = iter([False] * 3 + [True]), list[bool]()
+    looks, done = iter(["", "", "", "over"]), list[bool]()
     monkeypatch.setattr(follow.host, "idle_core_s", lambda: next(idle_s))
     monkeypatch.setattr(follow, "PATIENCE_S", patience_s)
-    monkeypatch.setattr(follow, "_over", lambda *_, held: next(looks))
+    monkeypatch.setattr(follow, "_wait", lambda *_, held: next(looks))
     monkeypatch.setattr(follow.Follower, "step", lambda _, last=False: done.append(last) or follow.EVERY_S)
     follow.follow(run, "", io.StringIO(), held=False)
     assert done == [False] * steps + [True]
+
+
+def test_it_hurries_when_the_work_is_done(
+    run: RunDir, server: Server, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has waited for an idle core; now it delivers at once, and at a higher priority."""
+    write(run, range(5))
+    code = "import sys; from hpcml.tracking import follow, host; host.idle_core_s = lambda: 0.0; follow.PATIENCE_S = 3600.0\n"
+    code += "follow.EVERY_S = 3600.0; sys.exit(follow.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, follow._HELD, str(run.root), run.id]
+    environment = {**os.environ, "PYTHONPATH": SRC, "MLFLOW_TRACKING_URI": server.uri}
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE) as child:
+        eventually(lambda: os.sched_getscheduler(child.pid) == os.SCHED_IDLE, child)
+        follow.hurry(child)
+        eventually(lambda: stored(server, experiment) == journal_of(run), child)
+        assert os.sched_getscheduler(child.pid) == os.SCHED_OTHER
+        end(run)
+        assert follow.finish(child, 60)
 
 
 def test_it_ends_with_a_starter_that_was_killed(run: RunDir, server: Server, experiment: str) -> None:

@@ -402,7 +402,9 @@ def test_whatever_is_a_number_is_one(tmp_path: Path) -> None:
     assert last["t"] == 12345
 
 
-@pytest.mark.parametrize("value", [None, "loss", [1.0], {}, object(), 1j, 10**400, np.zeros(2)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [None, "loss", [1.0], {}, object(), 1j, 10**400, np.zeros(2)], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_number_is_left_out_and_the_rest_kept(
     tmp_path: Path, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:

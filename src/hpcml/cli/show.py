@@ -102,9 +102,9 @@ def deliver(run: RunDir, *, announce: bool = True, follower: "Follower" = None) 
         follower: what delivers it in the background so far: it does the rest, which spares this process MLflow.
     """
     from .. import report
-    from ..tracking import mlflow
-    from ..tracking.follow import finish as finish_follower
+    from ..tracking import follow, mlflow
 
+    follow.hurry(follower)  # it imports MLflow while the report is made
     try:
         with contextlib.suppress(ServiceSilent):
             state = queue.state_of(run)  # what Slurm knows of its end goes into the marker first
@@ -114,7 +114,7 @@ def deliver(run: RunDir, *, announce: bool = True, follower: "Follower" = None) 
         uri = mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"]))
         if announce:  # the first delivery also makes the database, which takes some seconds
             click.echo("hpcml: delivering to MLflow …", err=True)
-        done = finish_follower(follower) and mlflow.is_delivered(run, uri)
+        done = follow.finish(follower) and mlflow.is_delivered(run, uri)
         told = mlflow.noted(run) if done else mlflow.deliver(run, uri)
     except HpcmlError as error:
         click.echo(f"hpcml: not delivered to MLflow; nothing is lost: hpcml sync {run.id}\n  {error}", err=True)

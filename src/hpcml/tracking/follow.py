@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from .. import rundir, site
 from ..errors import HpcmlError
@@ -68,6 +68,14 @@ def start(run: RunDir, uri: str) -> "subprocess.Popen[bytes] | None":
             )
     except OSError:
         return None
+
+
+def hurry(child: "subprocess.Popen[bytes] | None") -> None:
+    """Tell a follower that the work is done: it need not stand back any more, and ``finish`` comes soon."""
+    if child is not None and child.stdin is not None:
+        with contextlib.suppress(OSError):
+            child.stdin.write(b"\n")
+            child.stdin.flush()
 
 
 def finish(child: "subprocess.Popen[bytes] | None", timeout_s: float = FINISH_S) -> bool:
@@ -180,27 +188,30 @@ def follow(run: RunDir, uri: str, log: TextIO, *, held: bool) -> int:
     """
     follower = Follower(run, uri, log)
     pause, began, idle_s = EVERY_S, time.monotonic(), host.idle_core_s()
-    while not _over(run, pause, held=held):
+    while (heard := _wait(run, pause, held=held)) != "over":
         was_idle_s, idle_s = idle_s, host.idle_core_s()
         crowded = was_idle_s is not None and idle_s is not None and idle_s - was_idle_s < IDLE * pause
-        if follower.warm or not crowded or time.monotonic() - began > PATIENCE_S:
+        if heard:
+            stand_up()
+        if heard or follower.warm or not crowded or time.monotonic() - began > PATIENCE_S:
             pause = follower.step()
+    stand_up()
     follower.step(last=True)
     return 1 if follower.failures else 0
 
 
-def _over(run: RunDir, pause_s: float, *, held: bool) -> bool:
-    """Wait, and return early and True when the run is over."""
+def _wait(run: RunDir, pause_s: float, *, held: bool) -> Literal["", "hurry", "over"]:
+    """Wait, and return early with what is heard: that the work is done, or that the run is over."""
     deadline = time.monotonic() + pause_s
     while (left := deadline - time.monotonic()) > 0:
         if held:
-            if select.select([0], [], [], left)[0] and not os.read(0, 4096):
-                return True
+            if select.select([0], [], [], left)[0]:
+                return "hurry" if os.read(0, 4096) else "over"
             continue
         if run.status.exists() or (run.owner.exists() and not rundir.owner_is_alive(run)):
-            return True
+            return "over"
         time.sleep(min(left, 1.0))
-    return False
+    return ""
 
 
 def stand_back() -> None:
@@ -216,6 +227,12 @@ def stand_back() -> None:
         Path("/proc/self/autogroup").write_text(str(NICE))
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def stand_up() -> None:
+    """Compute as any niced process does: the work is done, and somebody waits."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _log_of(run: RunDir) -> TextIO:
