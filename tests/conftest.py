@@ -16,7 +16,8 @@ R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 FOREIGN = ("HPCML_", "SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "PMIX_", "OMPI_", "MLFLOW_")
 REQUIRED = re.findall(r"\w+", os.environ.get("HPCML_TEST_REQUIRE", "").lower())
 for variable in [name for name in os.environ if name.startswith(FOREIGN)]:
-    del os.environ[variable]
+    if not variable.startswith("HPCML_TEST_"):  # the worker processes of pytest-xdist inherit them
+        del os.environ[variable]
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

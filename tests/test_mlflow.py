@@ -243,7 +243,7 @@ def test_marker_and_report_are_sent_last(tmp_path: Path, door: Door) -> None:
 def test_mlflow_ui_shows_what_went_into_the_file(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, file = server
+    address, file = server.uri, server.store
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "runs", experiment="by file")
     train(run)
