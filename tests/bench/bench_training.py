@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from bench import pairs, turns
-from hpcml import facts
+from hpcml import facts, rundir
 from hpcml.node import bootstrap
+from hpcml.tracking import journal
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOK = PROJECT / "notebooks" / "simple2GPUsOrig.py"
@@ -25,6 +26,7 @@ HPCML = str(Path(sys.executable).with_name("hpcml"))
 SECONDS = 11.0  # on each side of a pair; the epochs that the turns begin and end in are not counted: over 10 s are left
 PAIRS, MOST_PAIRS = 12, 24
 LIMIT_S = 25 * 60
+PROFILE = (19, 28)  # in the second epoch, of steps 16 to 30: the first builds the graph
 BOUND = pairs.Bound(0.99, at_least=True, pairs=PAIRS, width=0.04)
 
 JOB = """\
@@ -79,13 +81,32 @@ class Training:
         prepared = bootstrap.prepare(self.environment | decides, "original", gpus_per_node=gpus)
         self.variables = {name: value for name, value in prepared.variables.items() if name != bootstrap.HANDOVER}
 
-    def ours(self, name: str = "ours") -> turns.Program:
+    def ours(self, name: str = "ours", *options: str) -> turns.Program:
         """Start the script under ``hpcml run``."""
-        return turns.Program(name, [HPCML, "run", "--site", "local", "bench.toml"], self.environment, self.folder)
+        words = [HPCML, "run", "--site", "local", "bench.toml", *options]
+        return turns.Program(name, words, self.environment, self.folder)
 
     def bare(self, name: str = "bare") -> turns.Program:
         """Start the bare script."""
         return turns.Program(name, [sys.executable, "bare.py"], self.environment | self.variables, self.folder)
+
+
+def profiled(sides: Training) -> str:
+    """Train a few epochs with a profile, on a core of its own, and return what its steps took beside all others."""
+    program = sides.ours("profiled", "--set", f"profile.steps={list(PROFILE)}")
+    try:
+        program.await_spans(6)  # two an epoch
+        program.end()
+    finally:
+        program.kill()
+    run = max(rundir.every(sides.folder / "runs"), key=lambda run: run.id)
+    records = list(journal.read(run.events, kinds={"metric", "profile"}))
+    split = next(record["split"] for record in records if record["kind"] == "profile")
+    epoch = next(r["values"] for r in records if r["kind"] == "metric" and r["values"].get("profiled_steps"))
+    return (
+        f"A profile of steps {PROFILE[0]} to {PROFILE[1]}: {split['step_ms']:.2f} ms a step; the other steps of that epoch "
+        f"{epoch['step_time_ms']:.2f} ms. It is left out above and in samples_per_s."
+    )
 
 
 def main() -> int:
@@ -105,6 +126,7 @@ def main() -> int:
         for pair in pairs.measure(race, least=least, most=most, width=BOUND.width, limit_s=LIMIT_S):
             measured.append(pair)
             pairs.progress("training", pair, len(measured))
+        beside = [] if chosen.noise else [profiled(sides)]
     variables = ", ".join(f"{name}={value}" for name, value in sides.variables.items())
     name = "bare" if chosen.noise else "hpcml"
     what = f"{NOTEBOOK.relative_to(PROJECT)} up to its training, {seconds:g} s of it after the second epoch began, " + (
@@ -113,7 +135,7 @@ def main() -> int:
         else "under `hpcml run` with begin() and callbacks against the same script bare."
     )
     figure = pairs.Figure("CNN", what, (name, "bare"), "samples/s", measured, BOUND)
-    notes = [f"On both sides: {variables}."]
+    notes = [f"On both sides: {variables}.", *beside]
     if len(measured) > least:
         notes.append(f"{least} pairs gave an interval over {BOUND.width:g} wide, so it went on to {len(measured)}.")
     pairs.show("training: what hpcml costs a training", [figure], notes)

@@ -91,15 +91,23 @@ class Program:
         Raises:
             RuntimeError: it ended before, or takes over five minutes; with its last words.
         """
-        deadline = time.monotonic() + TIMEOUT_S
-        while not self.spans.exists() or not self.spans.read_text().endswith("\n"):
-            if self.child.poll() is not None or time.monotonic() > deadline:
-                raise self._failure()
-            time.sleep(LOOK_S)
+        self.await_spans(1)
         self._processes = self._tree()
         *self._held, work = self._processes
         _signal([*self._held, work], signal.SIGSTOP)
         _await_stop([work])  # the other program may still run, and nothing that stands back for it comes to its stop
+
+    def await_spans(self, count: int) -> None:
+        """Wait until it has reported so many spans.
+
+        Raises:
+            RuntimeError: it ended before, or takes over five minutes; with its last words.
+        """
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self.spans.exists() or self.spans.read_text().count("\n") < count:
+            if self.child.poll() is not None or time.monotonic() > deadline:
+                raise self._failure()
+            time.sleep(LOOK_S)
 
     def turn(self, seconds: float) -> None:
         """Let it run for a while, all its processes within the clock."""
