@@ -44,6 +44,10 @@ class HpcmlError(Exception):
         self.problems = (Problem(what, origin, allowed, fix),) if isinstance(what, str) else tuple(what)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show instead of a traceback, which would lead into hpcml's own files."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class JobFailed(HpcmlError):
     """The work itself ended badly (exit 1)."""

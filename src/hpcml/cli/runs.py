@@ -36,9 +36,8 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
         if state.is_final:  # of a killed run nobody has made one yet
             report.ensure(found, state=state.name, reason=state.reason)
         click.echo(show.summary(found, state))
-        if state.is_final:
-            where = "delivered" if found.delivered.exists() else f"not delivered: hpcml sync {found.id}"
-            click.echo(f"  mlflow    {where}")
+        where = "delivered" if found.delivered.exists() else f"not delivered: hpcml sync {found.id}"
+        show.tell_places(found, where if state.is_final else "")
     return DONE
 
 

@@ -80,10 +80,9 @@ def finish(run: RunDir, state: queue.State, *, log_tail: bool, follower: "Follow
         log_tail: whether to end a failed run's summary with the last lines of its log, unless they were seen already.
         follower: what delivers it in the background so far.
     """
-    delivered = deliver(run, follower=follower)
     click.echo(summary(run, state))
-    if delivered:
-        click.echo(f"  mlflow    {delivered}")
+    delivered = deliver(run, follower=follower)
+    tell_places(run, delivered)
     if state.name == "COMPLETED":
         return DONE
     for path in [p for p in queue.log_paths(run)[::-1] if log_tail and p.stat().st_size][:1]:
@@ -113,7 +112,7 @@ def deliver(run: RunDir, *, announce: bool = True, follower: "Follower" = None) 
         plan = rundir.read_json(run.plan)
         uri = mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"]))
         if announce:  # the first delivery also makes the database, which takes some seconds
-            click.echo("hpcml: delivering to MLflow …", err=True)
+            click.echo("hpcml: making the report, delivering to MLflow …", err=True)
         done = follow.finish(follower) and mlflow.is_delivered(run, uri)
         told = mlflow.noted(run) if done else mlflow.deliver(run, uri)
     except HpcmlError as error:
@@ -154,9 +153,15 @@ def summary(run: RunDir, state: queue.State) -> str:
     lines.append(f"  files     {run.path}")
     if run.notebook(0).exists():
         lines.append(f"  notebook  {run.notebook(0)}")
-    if run.report.exists():
-        lines.append(f"  report    {run.report}")
     return "\n".join(lines)
+
+
+def tell_places(run: RunDir, delivered: str) -> None:
+    """Print where a run's report is, and where it is in MLflow."""
+    if run.report.exists():
+        click.echo(f"  report    {run.report}")
+    if delivered:
+        click.echo(f"  mlflow    {delivered}")
 
 
 def duration(seconds: float) -> str:

@@ -87,6 +87,9 @@ class _Ended:
         """Let INT, TERM and HUP (the terminal has gone) end the workers instead of this process."""
 
         def handler(number: int, frame: FrameType | None) -> None:
+            if not self.cause:
+                with contextlib.suppress(OSError):  # not print: it may be printing
+                    os.write(2, f"\nhpcml: stopping; the work has up to {GRACE_S} s to save\n".encode())
             self.cause = "CANCELLED"
             self._exits.put(0)
 
