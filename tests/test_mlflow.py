@@ -156,7 +156,7 @@ def test_a_run_arrives_whole_and_once(tmp_path: Path, uri: str, request: pytest.
     first = deliver(run, uri)
     assert (first.points, first.experiment, first.uri) == (20, experiment, uri)
     (found,) = runs(uri, experiment)
-    assert found.info.run_id == first.run_id and found.info.run_name == run.id
+    assert found.info.run_id == first.run_id and found.info.run_name == "mnist 20250101-120000"
     assert (found.info.status, found.info.start_time, found.info.end_time) == (
         "FINISHED",
         1_700_000_000_250,
@@ -470,8 +470,8 @@ def test_variants_nest_below_their_parent(tmp_path: Path, sqlite: str) -> None:
     ids.append(deliver(other, sqlite, parent=parent).run_id)
     assert deliver(parent, sqlite).points == 0
     by_name = {found.info.run_name: found for found in runs(sqlite)}
-    assert set(by_name) == {parent.id, f"{parent.id}/mirrored", f"{parent.id}/original", other.id}
-    above = by_name[parent.id]
+    assert set(by_name) == {"compare 20250101-120000", "mirrored", "original", "tuned 20250101-120000"}
+    above = by_name["compare 20250101-120000"]
     for found in by_name.values():
         expected = above.info.run_id if found.info.run_id in ids else None
         assert found.data.tags.get("mlflow.parentRunId") == expected

@@ -126,7 +126,8 @@ def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str
         ledger = Ledger(here)  # another store, or one that forgot the run: what was noted does not hold there
     points = _send_journal(to, run, ledger)
     state = _state(status)
-    params = {**ledger.said.params, **provenance.params(run), **translate.params(plan)}
+    asked = translate.params(plan)  # first, for MLflow shows parameters in the order they were sent; and they win
+    params = {**asked, **ledger.said.params, **provenance.params(run), **asked}
     tags = translate.tags(plan, state, slurm_job_id(run) or status.get("slurm_job_id"), ledger.said)
     tags |= {PLAN_TAG: place.fingerprint(run)} | ({PARENT_TAG: parent_id} if parent_id else {})
     _send_facts(to, mine, params, tags, ledger)

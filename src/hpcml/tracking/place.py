@@ -96,10 +96,17 @@ def created(to: Store, run: RunDir, plan: Mapping[str, Any], status: Mapping[str
     tags = {RUN_TAG: run.id, PLAN_TAG: fingerprint(run)}
     with contextlib.suppress(KeyError, OSError):  # a user id without a name
         tags["mlflow.user"] = getpass.getuser()
-    if plan.get("target"):
+    if plan.get("target") and plan.get("work") != "comparison":
         tags["mlflow.source.name"] = text(plan["target"][0], MAX_TAG)
     start_ms = round(_started_s(run, status) * 1000)
-    return to.client.create_run(number, start_time=start_ms, tags=tags, run_name=run.id)
+    return to.client.create_run(number, start_time=start_ms, tags=tags, run_name=_shown_name(run))
+
+
+def _shown_name(run: RunDir) -> str:
+    """The run's name before its time: MLflow's lists show some 15 characters of it. The id is a tag."""
+    date, _, rest = run.id.rpartition("/")[2].partition("-")
+    time, _, name = rest.partition("-")
+    return f"{name} {date}-{time}" if name and (date + time).isdecimal() else run.id.rpartition("/")[2]
 
 
 def _experiment_id(to: Store, name: str) -> str | None:

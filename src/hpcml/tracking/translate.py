@@ -97,7 +97,7 @@ def params(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) -> dict[str, Any]:
-    """Return the tags of a run; the work's own win, but for those that find the run again."""
+    """Return the tags of a run, where each value of its plan came from among them; the work's own win over all but ``OURS``."""
     compares = plan.get("work") == "comparison"  # its variants have a device and a strategy each
     ours = {
         "Training device": None if compares else device(plan, said),
@@ -107,8 +107,9 @@ def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) ->
         "slurm_job_id": job_id,
         "state": state,
     }
+    origins = {f"origin.{key}": origin for key, origin in (plan.get("origins") or {}).items()}
     own = {name: value for name, value in said.tags.items() if name not in OURS}
-    return {name: value for name, value in {**ours, **own}.items() if value is not None}
+    return {name: value for name, value in {**origins, **ours, **own}.items() if value is not None}
 
 
 def device(plan: Mapping[str, Any], said: Said) -> str:
