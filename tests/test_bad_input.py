@@ -128,9 +128,12 @@ def resources(lines: str) -> str:
 COUNT = "a whole number from 1"
 BAD_JOBS = {
     # keys
-    "unknown key": case(WORK + 'strateg = "mirrored"\n', "bad.toml: strateg:", "did you mean 'strategy'?"),
+    "unknown key": case(WORK + 'strateg = "mirrored"\n', "bad.toml: unknown key 'strateg'", "did you mean 'strategy'?"),
     "unknown key, nothing near": case(WORK + "zzz = 1\n", "unknown key 'zzz'", "allowed: base, command, env,"),
     "unknown table": case(WORK + "[resource]\nnodes = 1\n", "unknown key 'resource'", "did you mean 'resources'?"),
+    "a resource's short name": case(
+        resources("gpus = 2"), "bad.toml: unknown key 'resources.gpus'", "'gpus_per_node'?"
+    ),
     "unknown resource": case(
         resources("gpu_per_node = 2"), "'resources.gpu_per_node'", "did you mean 'gpus_per_node'?"
     ),
@@ -165,7 +168,7 @@ BAD_JOBS = {
     # work
     "no such notebook": case('notebook = "wrok.ipynb"\n', "no notebook at", "wrok.ipynb", "relative to the project"),
     "no such script": case('script = "src/train.py"\n', "no script at", "relative to the project"),
-    "notebook is a folder": case('notebook = "folder.ipynb"\n', "no notebook at"),
+    "notebook is a folder": case('notebook = "folder.ipynb"\n', "folder.ipynb is a folder, not a notebook"),
     "notebook is text": case('notebook = "text.ipynb"\n', "text.ipynb is not a notebook", "JupyterLab"),
     "notebook is a list": case('notebook = "list.ipynb"\n', "list.ipynb is not a notebook"),
     "notebook without a format": case('notebook = "bare.ipynb"\n', "bare.ipynb is not a notebook"),
@@ -220,9 +223,11 @@ BAD_JOBS = {
     "a date as parameter": case(WORK + "[params]\nday = 2026-01-01\n", "params.day =", "single value"),
     "NUL in a parameter": case(WORK + '[params]\na = "\\u0000"\n', "params.a holds a NUL character"),
     "parameter with a space": case(WORK + '[params]\n"a b" = 1\n', "parameter 'a b' is not a name"),
-    "text for a number": case(IN_NOTEBOOK + '[params]\nlr = "fast"\n', "params.lr = 'fast' is not a float", "0.1"),
-    "a float for a whole number": case(IN_NOTEBOOK + "[params]\nepochs = 1.5\n", "params.epochs = 1.5 is not a int"),
-    "a number for a boolean": case(IN_NOTEBOOK + "[params]\nshuffle = 1\n", "params.shuffle = 1 is not a bool"),
+    "text for a number": case(IN_NOTEBOOK + '[params]\nlr = "fast"\n', "params.lr = 'fast' is not a number", "0.1"),
+    "a float for a whole number": case(
+        IN_NOTEBOOK + "[params]\nepochs = 1.5\n", "params.epochs = 1.5 is not a whole number"
+    ),
+    "a number for a boolean": case(IN_NOTEBOOK + "[params]\nshuffle = 1\n", "params.shuffle = 1 is not true or false"),
     # environment and Slurm options
     "a variable as number": case(WORK + "[env.vars]\nA = 1\n", "env.vars.A = 1 is not a string", "in quotes"),
     "a variable's name": case(WORK + '[env.vars]\n"A=B" = "1"\n', "'A=B' is not a variable's name"),
@@ -272,13 +277,95 @@ def test_a_wrong_job_file_is_refused_by_every_command(desk: Desk, wrong: Case) -
 
 
 def test_a_folder_is_no_job_file(desk: Desk) -> None:
-    desk.refused("run", ".", says=("cannot be read", "a job file is UTF-8 text in TOML"))
-    desk.refused("run", "", says=("cannot be read", "a job file is UTF-8 text in TOML"))
+    desk.refused("run", ".", says=("hpcml: . is a folder, not a job file", "such as jobs/NAME.toml"))
+    desk.refused("run", "", says=("is a folder, not a job file",))
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("work.ipynb", ("work.ipynb is a notebook, not a job file", "fix: hpcml init work.ipynb")),
+        ("train.py", ("train.py is a script, not a job file", "fix: hpcml init train.py")),
+        ("jobs/big.sbatch", ("is a batch script, not a job file", "fix: sbatch jobs/big.sbatch", "jobs/big.toml")),
+        ("big_model", ("no job file at big_model", "did you mean 'jobs/big_model.toml'?")),
+        ("jobs/big_modl.toml", ("no job file at jobs/big_modl.toml", "did you mean 'jobs/big_model.toml'?")),
+        ("god.toml", ("no job file at god.toml", "did you mean 'good.toml'?")),
+    ],
+)
+def test_what_is_near_a_job_file_is_told_apart(desk: Desk, typed: str, says: tuple[str, ...]) -> None:
+    desk.write({"jobs/big_model.toml": WORK, "jobs/big.sbatch": "#!/bin/bash\n"})
+    said = {desk.refused(verb, typed, says=says) for verb in ("run", "submit", "check", "render", "compare")}
+    assert len(said) == 1
 
 
 def test_no_such_job_file(desk: Desk) -> None:
     desk.refused("submit", "jobs/none.toml", says=("no job file at jobs/none.toml", "hpcml init SCRIPT"))
     desk.refused("submit", f"{'x' * 300}.toml", says=("cannot be read",))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "lacks", "fix"),
+    [
+        ("ddp", "lacks hpcml, torch\n", "scripts/setup --torch, or pip install -r envs/torch/requirements.txt"),
+        ("original", "lacks hpcml, tensorflow, tf_keras\n", "pip install 'hpcml[tensorflow]'"),
+    ],
+)
+def test_check_asks_the_jobs_python_for_the_framework_of_its_strategy(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strategy: str, lacks: str, fix: str
+) -> None:
+    desk.write({"one.toml": f'{WORK}strategy = "{strategy}"\n'})
+    bare = desk.home / "python"
+    bare.write_text(
+        "#!/bin/sh\n# a Python that has nothing: whatever is asked for is missing\nshift 2\n"
+        """printf '{"version": "3.12", "missing": ["%s"' "$1"; shift; printf ', "%s"' "$@"; printf ']}'\n"""
+    )
+    bare.chmod(0o755)
+    monkeypatch.setenv("HPCML_PYTHON", str(bare))
+    assert hpcml(("check", "one.toml", "--site", "generic")) == 2
+    said = capsys.readouterr().out
+    assert lacks in said and fix in said
+
+
+@pytest.mark.parametrize("verb", ["run", "submit", "compare"])
+@pytest.mark.parametrize(
+    ("lines", "module", "fix"),
+    [
+        ('strategy = "ddp"\n', "torch", "scripts/setup --torch, or pip install -r envs/torch/requirements.txt"),
+        ('strategy = "mirrored"\n', "tensorflow", "pip install 'hpcml[tensorflow]'"),
+        ('strategy = "mirrored"\n', "tf_keras", "pip install 'hpcml[tensorflow]'"),
+    ],
+)
+def test_a_framework_that_is_missing_is_told_before_anything_is_made(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, verb: str, lines: str, module: str, fix: str
+) -> None:
+    monkeypatch.setenv("HPCML_PYTHON", sys.executable)
+    monkeypatch.setitem(sys.modules, module, None)  # what an import of it, or a look for it, meets then
+    desk.write({"one.toml": WORK + lines, "two.toml": 'base = "one.toml"\n'})
+    words = ("one.toml", "two.toml") if verb == "compare" else ("one.toml",)
+    site = "local" if verb == "run" else "generic"
+    says = ("one.toml: strategy:", f"needs {module}, which {sys.executable} lacks", fix)
+    desk.refused(verb, *words, "--site", site, says=says if verb != "compare" else says[1:])
+
+
+@pytest.mark.parametrize(
+    ("lines", "module"),
+    [
+        ("", "torch"),
+        ('strategy = "mirrored"\n', "torch"),
+        ('strategy = "ddp"\n', "tensorflow"),
+        ('strategy = "mirrored"\nkeras = "3"\n', "tf_keras"),
+        ('strategy = "ddp"\n[env]\nmodules = ["pytorch"]\n', "torch"),
+        ('strategy = "ddp"\n[env]\npython = "/another/bin/python"\n', "torch"),
+    ],
+)
+def test_a_framework_that_is_not_needed_or_may_be_elsewhere_is_not_asked_for(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, lines: str, module: str
+) -> None:
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    monkeypatch.setitem(sys.modules, module, None)
+    desk.write({"one.toml": WORK + lines})
+    assert hpcml(("submit", "one.toml", "--site", "generic")) == 0
+    assert "sbatch --parsable" in desk.calls.read_text()
 
 
 def test_a_file_name_that_is_no_job_name_needs_a_name_in_the_file(desk: Desk) -> None:
@@ -347,8 +434,11 @@ COMMAND_LINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "-p without a key": ((*RUN, "-p", "=5"), ("'=5' is not KEY=VALUE",)),
     "-p that is no name": ((*RUN, "-p", "a b=1"), ("-p a b: parameter 'a b' is not a name",)),
     "-p unknown": ((*NB, "-p", "epoch=1"), ("-p epoch: work.ipynb has no parameter 'epoch'", "did you mean 'epochs'?")),
-    "-p of a wrong type": ((*NB, "-p", "epochs=many"), ("-p epochs: params.epochs = 'many' is not a int", "5")),
-    "-p a float for an int": ((*NB, "-p", "epochs=1.5"), ("-p epochs: params.epochs = 1.5 is not a int",)),
+    "-p of a wrong type": (
+        (*NB, "-p", "epochs=many"),
+        ("-p epochs: params.epochs = 'many' is not a whole number", "5"),
+    ),
+    "-p a float for an int": ((*NB, "-p", "epochs=1.5"), ("-p epochs: params.epochs = 1.5 is not a whole number",)),
     "--set without =": ((*RUN, "--set", "resources.nodes"), ("'resources.nodes' is not KEY=VALUE",)),
     "--set unknown": ((*RUN, "--set", "resources.node=2"), ("--set resources.node", "did you mean 'nodes'?")),
     "--set unknown table": ((*RUN, "--set", "a.b.c=2"), ("--set a.b.c", "unknown key 'a'")),
@@ -373,7 +463,7 @@ COMMAND_LINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "submit to no queue": (("submit", "good.toml", "--site", "local"), ("site 'local' has no queue", "hpcml run JOB")),
     "render without a queue": (("render", "good.toml", "--site", "local"), ("has no queue", "--site generic")),
     "init of nothing": (("init", "none.py"), ("no script or notebook at none.py",)),
-    "init of a folder": (("init", "."), ("no script or notebook at .",)),
+    "init of a folder": (("init", "."), (". is a folder, not a script or notebook", "name a file in it")),
     "init of an absurd name": (("init", "x" * 300), ("no script or notebook at",)),
     "init over a file": (("init", "train.py", "-o", "good.toml"), ("good.toml is there already", "-o")),
     "a negative number of runs": (("runs", "list", "-n", "-1"), ("-1",)),
@@ -642,7 +732,20 @@ def typed(desk: Desk, *words: str, **more: str) -> subprocess.CompletedProcess[s
         (["run", "bad.toml"], "did you mean 'gpus_per_node'?"),
         (["submit", "bad.toml", "--site", "ft3"], "did you mean 'gpus_per_node'?"),
         (["stauts"], "did you mean 'status'?"),
-        (["run", "--jsn", "good.toml"], "--json"),
+        (
+            ["run", "--jsn", "good.toml"],
+            "hpcml: no option '--jsn'\n  allowed: -p, --param, --set, --site, --json, --help\n",
+        ),
+        (["run", "--jsn", "good.toml"], "fix: did you mean '--json'?"),
+        (["run", "--zzz", "good.toml"], "fix: hpcml run --help"),
+        (["run"], "hpcml: JOB is missing\n  fix: hpcml run [OPTIONS] JOB;"),
+        (["run", "good.toml", "more"], "hpcml: got unexpected extra argument (more)\n  fix: hpcml run --help"),
+        (
+            ["run", "good.toml", "-p", "epochs"],
+            "hpcml: -p: 'epochs' is not KEY=VALUE\n  allowed: KEY=VALUE\n  fix: such as -p",
+        ),
+        (["run", "good.toml", "--set", "foo"], "fix: such as --set resources.nodes=2"),
+        (["runs", "prune", "--max-gb", "x"], "hpcml: invalid value for '--max-gb': 'x' is not a number\n  fix: "),
         (["status", "--json", "--site", "local"], "no runs in"),
         ([], "Usage: hpcml"),
     ],

@@ -326,6 +326,28 @@ def test_everything_about_a_finished_run(desk: Desk) -> None:
     assert desk.json("sync", code=3) == [{"run_id": run.name, "delivered": False, "mlflow": ""}]
 
 
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_list_of_runs_fits_the_terminal(desk: Desk, width: int) -> None:
+    reason = "cell 5: ValueError: the global batch 256 is not a multiple of the number of replicas, which is 3 " * 2
+    for name, marker in {
+        "20260101-100000-mnist-multiworker": {"state": "OUT_OF_MEMORY", "reason": reason},
+        "20260101-110000-mnist-original": {"state": "COMPLETED", "started": 10.0, "ended": 3700.0},
+        "20260101-120000-" + "x" * 64: {"state": "FAILED", "reason": "[red]exit[/nope] code 1"},
+    }.items():
+        desk.write(f"runs/{name}/plan.json", json.dumps({"work": "script"}))
+        desk.write(f"runs/{name}/status.json", json.dumps({**marker, "final": True}))
+    lines = desk.type("runs", "list", COLUMNS=str(width)).stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    heading, *rows = lines
+    assert heading.split()[:2] == ["run", "state"] and "time" in heading
+    assert "job" not in heading and "replicas" not in heading, "columns that are empty for all rows"
+    text = "\n".join(rows)
+    for words in ("OUT_OF_MEMORY", "COMPLETED", "01:01:30", "[red]exit[/nope] code 1", "x" * 64):
+        assert words in text
+    assert text.count("…") == 1 and "cell 5: ValueError: the global batch" in text
+    assert len(rows) <= 6, "a run takes one line, its reason and a long name one more each"
+
+
 def test_a_delivered_run_is_sent_once_and_may_go(desk: Desk) -> None:
     pytest.importorskip("mlflow", reason="mlflow: not installed (pip install 'hpcml[mlflow]')")
     desk.env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")

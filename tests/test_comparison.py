@@ -219,6 +219,30 @@ def test_a_warning_of_several_variants_is_shown_once(variant: Variant) -> None:
     )  # the caller prints those
 
 
+def test_a_rehearsals_speed_ups_are_starred_and_its_warning_is_said_once(variant: Variant) -> None:
+    runs = [
+        variant("original", epochs=speeds(1, 10), replicas=1, devices=CPUS, virtual=True),
+        variant("mirrored", epochs=speeds(1, 8), replicas=2, devices=CPUS, virtual=True),
+        variant("ddp", epochs=speeds(1, 9), replicas=2, devices=CPUS, virtual=True),
+    ]
+    kind = "share this machine's cores: they show that it works, not how fast; no speed-up"
+    say(runs[1], "warning", f"virtual CPU devices {kind}")
+    say(runs[2], "warning", f"ranks on CPUs {kind}")
+    compared = report.compare(runs)
+    told = [*compared.notes, *report.remarks(compared)]
+    assert sum("no speed-up" in one for one in told) == 1 and told[0].startswith("* On virtual CPU devices")
+    text = shown(compared)
+    assert "0.80×*" in text and "0.90×*" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_speed_ups_on_gpus_have_no_star(variant: Variant) -> None:
+    runs = [
+        variant("original", epochs=speeds(1, 10), replicas=1),
+        variant("mirrored", epochs=speeds(1, 18), replicas=2),
+    ]
+    assert "1.80×" in shown(report.compare(runs)) and "*" not in shown(report.compare(runs))
+
+
 def test_a_completed_run_has_no_error_whatever_it_said(variant: Variant) -> None:
     run = variant("original")
     say(run, "error", "a cell that may fail")
@@ -327,7 +351,7 @@ def test_virtual_devices_promise_no_speed_up(variant: Variant) -> None:
     ]
     compared = report.compare(runs)
     assert compared.heading == "training on virtual CPU devices, global batch 256"
-    assert compared.notes == ("On virtual CPU devices no speed-up can be expected: 2 replicas share the same cores.",)
+    assert compared.notes == ("* On virtual CPU devices no speed-up can be expected: 2 replicas share the same cores.",)
 
 
 def test_slower_on_gpus_advises_a_larger_batch(variant: Variant) -> None:

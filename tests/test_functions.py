@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import signal
 import stat
 import subprocess
@@ -194,6 +195,15 @@ def test_begin_inside_the_function_is_its_run_with_the_params_of_a_job_file_with
     assert json.loads(future.run.plan.read_text())["job_file"] == "small.toml"
 
 
+def test_a_function_that_checks_no_strategy_is_warned_and_keeps_its_result(project: Path) -> None:
+    (project / "original.toml").write_text('strategy = "original"\n[resources]\ncpus_per_task = 1\n')
+    future = hpcml.submit(abs, -1, job="original.toml")
+    assert future.result(PATIENCE_S) == 1
+    assert future.state().name == "COMPLETED"
+    said = "".join(path.read_text() for path in future.run.functions.iterdir() if path.suffix == ".err")
+    assert 'warning: strategy "original" was never checked' in said
+
+
 def test_two_tasks_have_a_result_each_and_one_that_fails_ends_the_other() -> None:
     def rank(fails: bool) -> int:
         import os
@@ -325,6 +335,16 @@ def test_code_packed_by_another_python_is_refused_in_words(monkeypatch: pytest.M
     with pytest.raises(RemoteError, match=r"packed by Python 3\.2") as caught:
         hpcml.submit(abs, -1).result(PATIENCE_S)
     assert "HPCML_PYTHON" in str(caught.value)
+
+
+def test_the_example_of_the_readme_runs_as_it_is_written(project: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Functions\n")[1].split("\n## ")[0]
+    job_file, script, shown = re.findall(r"```(?:toml|python|text)\n(.*?)```", section, re.DOTALL)
+    (project / "small.toml").write_text(job_file)
+    (project / "fit.py").write_text(script)
+    done = subprocess.run([sys.executable, "fit.py"], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stdout) == (0, shown), done.stderr
 
 
 # ------------------------------------------------------------------ refused before anything is made

@@ -178,6 +178,24 @@ def test_missing_work_and_no_notebook_are_told_together() -> None:
     assert "no notebook at /project/train.py" in told[1]
 
 
+def test_a_folder_is_no_script() -> None:
+    (told,) = problems(make(script="src"), CLUSTER, Facts(target_exists=False, target_is_folder=True))
+    assert "src is a folder, not a script" in told and "name a file in it" in told
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ({}, ()),
+        ({"strategy": "ddp", "keras": "legacy"}, ("torch",)),
+        ({"strategy": "original"}, ("tensorflow", "tf_keras")),
+        ({"strategy": "mirrored", "keras": "3"}, ("tensorflow",)),
+    ],
+)
+def test_the_frameworks_that_a_strategy_needs(keys: dict[str, Any], wanted: tuple[str, ...]) -> None:
+    assert plan.resolve(make(script="t.py", **keys), CLUSTER).frameworks == wanted
+
+
 DECLARED = Facts(target_exists=True, declared=Declared({"lr": 0.1, "epochs": 5, "tag": "a", "fast": False, "x": None}))
 
 
@@ -190,11 +208,11 @@ def test_an_unknown_parameter_is_named_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"epochs": 1.5}, "params.epochs = 1.5 is not a int"),
-        ({"epochs": True}, "params.epochs = True is not a int"),
-        ({"lr": "fast"}, "params.lr = 'fast' is not a float"),
-        ({"tag": 3}, "params.tag = 3 is not a str"),
-        ({"fast": 1}, "params.fast = 1 is not a bool"),
+        ({"epochs": 1.5}, "params.epochs = 1.5 is not a whole number"),
+        ({"epochs": True}, "params.epochs = True is not a whole number"),
+        ({"lr": "fast"}, "params.lr = 'fast' is not a number"),
+        ({"tag": 3}, "params.tag = 3 is not text"),
+        ({"fast": 1}, "params.fast = 1 is not true or false"),
     ],
 )
 def test_a_parameter_is_of_its_defaults_kind(params: dict[str, Any], says: str) -> None:

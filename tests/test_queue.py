@@ -577,3 +577,12 @@ def test_following_while_real_processes_write(run: RunDir) -> None:
         got[int(line.split(":")[0])].append(line)
     for rank, lines in got.items():
         assert lines == [f"{rank}:{number}:{'x' * (number % 90)}" for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("state", "since"),
+    [("PENDING", 10.0), ("REQUEUED", 10.0), ("RUNNING", 50.0), ("COMPLETING", 50.0), ("COMPLETED", 50.0)],
+)
+def test_a_waiting_run_counts_from_its_submission_and_others_from_their_start(state: str, since: float) -> None:
+    assert queue.State("a", state, submitted=10.0, started=50.0).since == since
+    assert queue.State("a", "RUNNING", submitted=10.0).since is None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -355,6 +356,81 @@ def test_a_comparison_brings_the_reports_of_its_variants(tmp_path: Path) -> None
         "multiworker",
     ]
     assert "1.82×" in parent.report.read_text()
+
+
+def test_a_failed_comparison_tells_of_the_variant_that_failed(tmp_path: Path) -> None:
+    parent = samples.comparison(tmp_path)
+    (parent.logs / "slurm-7.out").write_text("original went well\n" * 50)
+    failed = samples.log(parent.child("mirrored"), ["epoch 1", "FileNotFoundError: 'data/x.npz'"])
+    samples.end(failed, "FAILED", reason="exit code 1")
+    samples.end(parent, "FAILED", reason="exit code 1")
+    text = " ".join(shown(parent).split())
+    assert "mirrored: a file is not there FileNotFoundError: 'data/x.npz' what to do:" in text
+    assert "mirrored FAILED: exit code 1" in text and "Mirrored" not in text
+    assert "Last 2 lines of" in text and "went well" not in text
+    page = report.write(parent).read_text()
+    assert "mirrored: a file is not there" in page and "the log of rank 0 of mirrored" in page
+    data = facts.collect(parent).to_json()
+    assert data["failed"] == [failed.id] and json.dumps(data)
+
+
+def test_the_variants_of_a_running_comparison_are_not_unknown(tmp_path: Path) -> None:
+    parent = samples.comparison(tmp_path)
+    for run in (parent, parent.child("mirrored"), parent.child("multiworker")):
+        run.status.unlink()
+    shutil.rmtree(parent.child("multiworker").events)
+    rundir.claim(parent)
+
+    def states(**known: Any) -> list[str]:
+        found = facts.collect(parent, **known).comparison
+        assert found is not None
+        return [row.measured.state for row in found.rows]
+
+    assert states() == ["COMPLETED", "RUNNING", "PENDING"]
+    text = shown(parent)
+    assert "UNKNOWN" not in text and "no end marker" not in text and "Likely cause" not in text
+    told = {"mirrored": ("TIMEOUT", "past its time limit"), "original": ("FAILED", "its own marker says otherwise")}
+    assert states(states=told) == ["COMPLETED", "TIMEOUT", "PENDING"]
+    parent.owner.unlink()
+    assert states() == ["COMPLETED", "UNKNOWN", "UNKNOWN"]
+
+
+def test_the_command_on_a_running_comparison_asks_for_the_states(project: Path) -> None:
+    parent = samples.comparison(project / "runs")
+    for run in (parent, parent.child("mirrored"), parent.child("multiworker")):
+        run.status.unlink()
+    rundir.claim(parent)
+    rundir.claim(parent.child("mirrored"))
+    told = hpcml(project, "report", parent.id)
+    assert told.returncode == 0, told.stderr
+    assert "RUNNING" in told.stdout and "PENDING" in told.stdout and "UNKNOWN" not in told.stdout
+
+
+def rehearsed(root: Path, **changes: Any) -> RunDir:
+    run = samples.telemetry(samples.a_run(root, "rehearsed", **changes), 20, gpus=0)
+    samples.Writer(run).write(0.0, "params", values={"gpus": "", "virtual_cpu_devices": 2})
+    return samples.end(run)
+
+
+def test_a_rehearsal_is_no_measure_for_the_run_on_gpus(tmp_path: Path) -> None:
+    run = rehearsed(tmp_path)
+    assert advice(facts.collect(run)) == []
+    text = shown(run)
+    assert text.count("tell nothing about the run on GPUs") == 1 and "Ask for" not in text
+    assert "2 given, none used" in text and "0 given" not in text
+    page = report.write(run).read_text()
+    assert page.count("tell nothing about the run on GPUs") == 1 and "mem_gb = " not in page
+    assert "none here" in shown(rehearsed(tmp_path / "here", scheduler="local", site="local"))
+
+
+def test_a_job_that_asked_for_no_gpu_is_no_rehearsal(tmp_path: Path) -> None:
+    assert advice(facts.collect(rehearsed(tmp_path, gpus_per_node=0)))
+
+
+def test_one_is_singular(tmp_path: Path) -> None:
+    one = shown(samples.end(samples.a_run(tmp_path, cpus_per_task=1, tasks_per_node=2)))
+    assert "1 node, 2 tasks of 1 core ·" in one.replace("\n", " ") or "2 tasks of 1 core\n" in one
+    assert "tasks of" not in shown(samples.comparison(tmp_path))
 
 
 def test_what_goes_wrong_with_a_report_is_no_matter_of_the_run(tmp_path: Path) -> None:

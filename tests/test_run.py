@@ -148,7 +148,14 @@ def test_a_run_inside_a_run_takes_nothing_of_ours_for_the_users(folder: Path) ->
 
 
 def test_ipython_shows_what_to_do_and_no_frames(folder: Path) -> None:
-    words = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", "import hpcml; hpcml.begin(strategy='mirorred')"]
+    words = [
+        sys.executable,
+        "-m",
+        "IPython",
+        "--colors=NoColor",
+        "-c",
+        "import hpcml; hpcml.begin(strategy='mirorred')",
+    ]
     done = subprocess.run(words, cwd=folder, env=env(folder), capture_output=True, text=True, timeout=120)
     shown = done.stdout + done.stderr
     assert "HpcmlError: begin(): unknown strategy 'mirorred'\n  allowed: original, mirrored" in shown

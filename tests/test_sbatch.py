@@ -164,6 +164,7 @@ class Stage:
         path = self.folder.parent / "job.sbatch"
         path.write_text(script)
         own = {"PATH": str(self.bin), "SLURM_SUBMIT_DIR": str(self.folder), "LUSTRE": "/lustre", "STORE": "/store"}
+        own["HPCML_PROJECT"] = str(self.folder)
         given = {"HPCML_PYTHON": str(self.bin / "python")} | environment
         done = subprocess.run(
             ["bash", str(path)], cwd=self.folder, env=own | given, capture_output=True, text=True, timeout=30
@@ -203,6 +204,26 @@ def test_a_plain_sbatch_makes_its_run_directory(stage: Stage) -> None:
     assert ["python", "-P", "-m", "hpcml.node.batch", "open", "jobs/mnist.toml", "--site", "zeus"] in ran.words()
     ((_, told),) = [call for call in ran.calls if call[0][0] == "srun"]
     assert told == ["made-by-open", "/lustre/hpcml/runs", str(stage.folder), str(stage.folder)]
+
+
+@pytest.mark.parametrize("below", ["", "notebooks", "a b/$(touch pwned)"])
+def test_a_plain_sbatch_from_below_finds_the_project(stage: Stage, below: str) -> None:
+    job_file = stage.folder / "jobs/it's.toml"
+    job_file.parent.mkdir()
+    job_file.touch()
+    where = stage.folder / below
+    where.mkdir(parents=True, exist_ok=True)
+    text = sbatch.render(make(path="jobs/it's.toml"), SITE)
+    ran = stage.run(text, HPCML_PROJECT="", SLURM_SUBMIT_DIR=str(where))
+    assert ran.code == 0, ran.output
+    assert [told[2:] for words, told in ran.calls if "open" in words] == [[str(stage.folder)] * 2]
+
+
+def test_a_plain_sbatch_from_elsewhere_is_told_where_to_submit(stage: Stage) -> None:
+    ran = stage.run(sbatch.render(make(), SITE), HPCML_PROJECT="")
+    assert ran.code == 2 and not ran.calls
+    assert f"no job file jobs/mnist.toml in {stage.folder} or above it" in ran.output
+    assert "fix: submit from the project's folder, or set HPCML_PROJECT" in ran.output
 
 
 @pytest.mark.parametrize("signal", ["TERM", "USR2"])

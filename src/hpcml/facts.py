@@ -35,12 +35,14 @@ class Facts:
 
     Attributes:
         target_exists: whether the notebook or script is there; None when not looked.
+        target_is_folder: whether a folder is there instead.
         declared: None for work that takes ``--key value``.
         partitions: as sinfo tells them.
         cores, mem_gb, gpus: of this machine; only a local run looks. In a rehearsal there are no GPUs.
     """
 
     target_exists: bool | None = None
+    target_is_folder: bool = False
     declared: Declared | None = None
     partitions: tuple[Partition, ...] = ()
     cores: int | None = None
@@ -60,6 +62,7 @@ def gather(job: Job, site: Site, *, ask_queue: bool = True) -> Facts:
     local = site.scheduler == "local"
     return Facts(
         target_exists=exists,
+        target_is_folder=target is not None and os.path.isdir(target),
         declared=declared_parameters(target) if target and exists else None,
         partitions=partitions,
         cores=len(os.sched_getaffinity(0)) if local else None,

@@ -18,6 +18,7 @@ NEVER_CHECKED = (
     'strategy "{strategy}" was never checked: no training reported its replicas in sync; '
     "call hpcml.begin(), then pass callbacks=run.callbacks() to fit, or train in run.epochs() and run.steps()"
 )
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 # On this machine every task is a process, of about 1 GB with TensorFlow.
 MOST_TASKS_HERE = 64
 # Params that make two trainings comparable when they are equal.
@@ -77,6 +78,15 @@ class Plan:
     def cores(self) -> int:
         """Cores of the whole run."""
         return self.tasks * self.cpus_per_task
+
+    @property
+    def frameworks(self) -> tuple[str, ...]:
+        """Modules that the strategy needs; none where no strategy tells."""
+        if self.strategy is None:
+            return ()
+        if self.strategy == "ddp":
+            return ("torch",)
+        return ("tensorflow", "tf_keras") if self.keras == "legacy" else ("tensorflow",)
 
     @property
     def effective_params(self) -> dict[str, Scalar | None]:
@@ -275,10 +285,11 @@ def _work(job: Job, facts: Facts) -> list[Problem]:
         where = job.origins.get("script", "script")
         problems.append(Problem(f"{job.target[0]} is a notebook", where, fix=f'notebook = "{job.target[0]}"'))
     if facts.target_exists is False:
-        where = job.origins.get(job.work, job.work)
-        problems.append(
-            Problem(f"no {job.work} at {job.project / job.target[0]}", where, fix="paths are relative to the project")
-        )
+        where, path = job.origins.get(job.work, job.work), job.project / job.target[0]
+        if facts.target_is_folder:
+            problems.append(Problem(f"{path} is a folder, not a {job.work}", where, fix="name a file in it"))
+        else:
+            problems.append(Problem(f"no {job.work} at {path}", where, fix="paths are relative to the project"))
     if facts.declared is None:
         return problems
     known = facts.declared.defaults
@@ -297,7 +308,7 @@ def _work(job: Job, facts: Facts) -> list[Problem]:
         elif (default := known[key]) is not None and not _same_kind(default, value):
             problems.append(
                 Problem(
-                    f"params.{key} = {value!r} is not a {type(default).__name__}",
+                    f"params.{key} = {value!r} is not {_KINDS[type(default)]}",
                     where,
                     f"like its default {default!r}",
                 )

@@ -16,7 +16,7 @@ from .errors import HpcmlError, ServiceSilent
 from .facts import count_gpus, has_queue_here
 from .job import clock, project_of
 from .launch import sbatch
-from .launch.prepare import Prepared
+from .launch.prepare import Prepared, python_of, remedy
 from .plan import Plan
 from .slurm import commands, text
 
@@ -55,8 +55,7 @@ def check(ready: Prepared) -> list[Finding]:
         found.append(_start_estimate(ready))
     found += _folders(site, Path(plan.project))
     needed = ["hpcml", *(["papermill", "ipykernel"] if plan.work == "notebook" else [])]
-    needed += ["tensorflow", "tf_keras"][: 1 + (plan.keras == "legacy")] if plan.strategy else []
-    return [*found, _environment(plan, needed)]
+    return [*found, _environment(plan, [*needed, *plan.frameworks])]
 
 
 def doctor(site_name: str | None) -> list[Finding]:
@@ -68,7 +67,7 @@ def doctor(site_name: str | None) -> list[Finding]:
         return [*found, Finding("site", "bad", str(error.problems[0]), error.problems[0].fix)]
     found.append(Finding("site", "good", f"{site.name} ({why})"))
     found.append(_queue_health(site))
-    found += [_package(name, extra) for name, extra in _PACKAGES]
+    found += [_package(name) for name in _PACKAGES]
     gpus = count_gpus()
     seen = (
         f"{gpus} NVIDIA GPUs on this machine" if gpus else "no NVIDIA GPU on this machine: virtual CPU devices stand in"
@@ -104,21 +103,15 @@ def detect(cluster_name: str, partitions: Sequence[text.Partition]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_PACKAGES = (
-    ("tensorflow", "tensorflow"),
-    ("tf_keras", "tensorflow"),
-    ("papermill", "notebook"),
-    ("mlflow", "mlflow"),
-    ("mlxtend", "data"),
-)
+_PACKAGES = ("tensorflow", "tf_keras", "torch", "papermill", "mlflow", "mlxtend")
 
 
-def _package(name: str, extra: str) -> Finding:
+def _package(name: str) -> Finding:
     from importlib import metadata
     from importlib.util import find_spec
 
     if find_spec(name) is None:
-        return Finding(name, "note", "not installed", f"pip install 'hpcml[{extra}]'")
+        return Finding(name, "note", "not installed", remedy([name]))
     with contextlib.suppress(metadata.PackageNotFoundError):
         return Finding(name, "good", metadata.version(name))
     return Finding(name, "good", "installed")
@@ -229,12 +222,8 @@ def file_system(path: Path) -> str:
 
 
 def _environment(plan: Plan, needed: list[str]) -> Finding:
-    """Ask the Python that the node will take, as far as it can be seen from here, for the modules that the job needs."""
-    venv = os.environ.get("VIRTUAL_ENV")
-    own = os.path.expandvars(plan.env.python) if plan.env.python else None
-    candidates = (os.environ.get("HPCML_PYTHON"), own, f"{venv}/bin/python" if venv else None)
-    default = sys.executable if plan.scheduler == "local" else f"{plan.project}/.venv/bin/python"
-    python = next((c for c in candidates if c), default)
+    """Ask the job's Python for the modules that the job needs."""
+    python = python_of(plan)
     fix = "set HPCML_PYTHON or [env] in the job file, or make .venv: scripts/setup"
     try:
         done = subprocess.run([python, "-c", _PROBE, *needed], capture_output=True, text=True, timeout=60, check=False)
@@ -243,7 +232,5 @@ def _environment(plan: Plan, needed: list[str]) -> Finding:
         return Finding("environment", "bad", f"{python} is no Python that starts", fix)
     if told["missing"]:
         missing = ", ".join(told["missing"])
-        return Finding(
-            "environment", "bad", f"{python} lacks {missing}", "pip install 'hpcml[tensorflow,notebook,mlflow,data]'"
-        )
+        return Finding("environment", "bad", f"{python} lacks {missing}", remedy(told["missing"]))
     return Finding("environment", "good", f"Python {told['version']} at {python} has {', '.join(needed)}")

@@ -98,7 +98,7 @@ class Run:
         self._training = training.Training(
             self.journal, self._expected(), self.device, model=model, epochs=count,
             global_batch=self._global_batch(global_batch, "epochs"), began=self.began, rank=self.topology.rank,
-            stop=self._stopping(), logged=lambda: self._logged,
+            stop=self._stopping(), logged=lambda: self._logged, profile=self.profile, folder=self.dir.profile,
         )  # fmt: skip
         return self._training.epochs()  # type: ignore[no-any-return]
 

@@ -8,7 +8,7 @@ import click
 
 from .. import queue, rundir
 from ..errors import DONE, INTERRUPTED, JOB_FAILED, HpcmlError
-from ..launch.prepare import prepare
+from ..launch.prepare import needs_framework, prepare
 from . import jobs, show
 from .root import json_option, site_option
 
@@ -33,6 +33,8 @@ def compare_command(
     first = prepared[0]
     plans = [ready.plan for ready in prepared]
     parent = compare.parent_of(plans)
+    for plan in plans:
+        needs_framework(plan)
     here = first.site.scheduler != "slurm" or bool(os.environ.get("SLURM_JOB_ID"))
     if here:
         run = compare.start_here(parent, plans, first.site)

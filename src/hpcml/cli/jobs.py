@@ -11,7 +11,7 @@ import click
 from .. import job as jobs
 from .. import rundir
 from ..errors import DONE, INTERRUPTED, HpcmlError
-from ..launch.prepare import Prepared, prepare
+from ..launch.prepare import Prepared, needs_framework, prepare
 from .root import json_option, site_option
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ class _Pair(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         key, mark, text = value.partition("=")
         if not mark or not key:
-            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+            option = param.opts[0] if param else ""
+            example = "--set resources.nodes=2" if option == "--set" else "-p epochs=10"
+            raise HpcmlError(
+                f"{value!r} is not KEY=VALUE", origin=option, allowed="KEY=VALUE", fix=f"such as {example}"
+            )
         return key, text
 
 
@@ -43,6 +47,8 @@ set_option = click.option(
 def init_command(script: Path, output: Path | None) -> int:
     """Write a job file for a script or notebook."""
     project = jobs.project_of(script)
+    if os.path.isdir(script):
+        raise HpcmlError(f"{script} is a folder, not a script or notebook", fix="name a file in it")
     if not os.path.isfile(script):
         raise HpcmlError(f"no script or notebook at {script}", fix="check the path")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", script.stem)[:64].lstrip("._-") or "job"
@@ -61,7 +67,9 @@ def init_command(script: Path, output: Path | None) -> int:
 
 def _template(name: str, kind: str, path: str, strategy: str | None) -> str:
     chosen = (
-        f'strategy = "{strategy}"' if strategy else '# strategy = "mirrored"        # original | mirrored | multiworker'
+        f'strategy = "{strategy}"'
+        if strategy
+        else '# strategy = "mirrored"        # original | mirrored | multiworker | ddp'
     )
     quoted = path.replace("\\", "\\\\").replace('"', '\\"')
     return f"""\
@@ -124,6 +132,7 @@ def run_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], s
 
     ready = prepare(job, site or here(), dict(params), dict(settings))
     needs_allocation(ready)
+    needs_framework(ready.plan)
     run = local.make(ready.plan, rundir.runs_root(ready.site, Path(ready.plan.project)))
     announce(ready, f"run {run.id}", to_stderr=as_json)
     with follow.from_outside(run) as follower:
@@ -157,6 +166,7 @@ def submit_command(
     if dry_run:
         click.echo(script, nl=False)
         return DONE
+    needs_framework(ready.plan)
     run, job_id = slurm.submit(ready.plan, ready.site, script)
     if as_json and not wait:
         from . import show

@@ -26,7 +26,8 @@ def report_command(run: str | None, output: Path | None, site: str | None, as_js
 
     found = rundir.find(show.root_of(site), run)
     state, reason = _state(found)
-    collected = facts.collect(found, state=state, reason=reason)
+    states = _variants(found)
+    collected = facts.collect(found, state=state, reason=reason, states=states)
     if as_json:
         from ..report.advice import advice
         from ..report.causes import likely_cause
@@ -40,7 +41,7 @@ def report_command(run: str | None, output: Path | None, site: str | None, as_js
         from ..report import terminal
 
         terminal.text(collected, Console(highlight=False, width=None if _is_wide() else terminal.WIDTH))
-    page = _written(found, found.report, state, reason)
+    page = _written(found, found.report, state, reason, states)
     if output and page:
         _copy(page, output)
     if not as_json and page:
@@ -58,15 +59,25 @@ def _state(found: rundir.RunDir) -> tuple[str, str]:
     return state.name, state.reason
 
 
+def _variants(found: rundir.RunDir) -> dict[str, tuple[str, str]]:
+    """By name the states of a comparison's variants, as far as they are known."""
+    if rundir.read_json(found.plan).get("work") != "comparison":
+        return {}
+    states, _ = queue.states_of(queue.children(found))
+    return {state.run_id.rpartition("/")[2]: (state.name, state.reason) for state in states}
+
+
 def _is_wide() -> bool:
     return os.isatty(1)
 
 
-def _written(found: rundir.RunDir, path: Path, state: str, reason: str) -> Path | None:
+def _written(
+    found: rundir.RunDir, path: Path, state: str, reason: str, states: dict[str, tuple[str, str]]
+) -> Path | None:
     from .. import report
 
     try:
-        return report.write(found, state=state, reason=reason)
+        return report.write(found, state=state, reason=reason, states=states)
     except OSError as error:
         raise HpcmlError(
             f"{path} can't be written: {error.strerror}", fix="free space, or -o FILE in a folder that you can write to"

@@ -1,13 +1,14 @@
 """The top command: finds subcommands by name and imports only the one that is asked for; errors become exit codes."""
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from .. import __version__
-from ..errors import DONE, INTERRUPTED, JOB_FAILED, HpcmlError, nearest
+from ..errors import DONE, INTERRUPTED, JOB_FAILED, HpcmlError, Problem, nearest
 
 # name → module below cli, in the order that --help shows.
 COMMANDS = {
@@ -59,9 +60,9 @@ def cli(debug: bool) -> None:
     """Slurm jobs and notebooks on GPU clusters: one job file for laptop and cluster, nothing lost.
 
     \b
-    hpcml run jobs/mnist_mirrored.toml       here and now
-    hpcml submit jobs/mnist_mirrored.toml    in the queue
-    hpcml compare jobs/mnist_*.toml          fairly, one after the other
+    hpcml run jobs/mnist_mirrored.toml                    here and now
+    hpcml submit jobs/mnist_mirrored.toml                 in the queue
+    hpcml compare jobs/mnist_{original,mirrored}.toml     fairly, one after the other
     """
 
 
@@ -73,8 +74,11 @@ def run(arguments: Sequence[str]) -> int:
     except HpcmlError as error:
         click.echo(f"hpcml: {error}", err=True)
         return error.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"hpcml: {_in_our_words(error)}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("hpcml: interrupted", err=True)
@@ -94,6 +98,25 @@ def run(arguments: Sequence[str]) -> int:
                 err=True,
             )
         return JOB_FAILED
+
+
+def _in_our_words(error: click.ClickException) -> Problem:
+    """Return what click has to say of wrong usage in the form of every other error."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    usage = f"{context.command_path} --help" if context else "hpcml --help"
+    if isinstance(error, click.NoSuchOption):
+        known = context.command.params if context else []
+        options = [name for option in known if isinstance(option, click.Option) for name in option.opts]
+        return Problem(
+            f"no option {error.option_name!r}", allowed=", ".join([*options, "--help"]),
+            fix=nearest(error.option_name, options) or usage,
+        )  # fmt: skip
+    if isinstance(error, click.MissingParameter) and context and error.param:
+        name = error.param.human_readable_name if error.param.param_type_name == "argument" else error.param.opts[0]
+        words = " ".join(context.command.collect_usage_pieces(context))
+        return Problem(f"{name} is missing", fix=f"{context.command_path} {words}; {usage} tells more")
+    words = re.sub(r"a valid (float|integer)( range)?$", "a number", error.format_message().rstrip("."))
+    return Problem(words[:1].lower() + words[1:], fix=usage)
 
 
 def site_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,8 +16,14 @@ from . import show
 from .prune import prune_command
 from .root import json_option, site_option
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 # Slurm's controller serves everybody: who follows a log asks it this often whether the job still runs.
 ASK_S = 5.0
+# A reason beside its run has this many columns at least, or stands below it.
+LEAST_REASON = 40
+_HEADINGS = ("run", "state", "job", "replicas", "time")
 RANK_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "bright_red", "bright_cyan", "bright_magenta")
 
 run_argument = click.argument("run", required=False)
@@ -193,22 +200,60 @@ def list_runs(number: int, site: str | None, as_json: bool) -> int:
     if not states:
         click.echo(f"no runs in {root} yet: hpcml run JOB, hpcml submit JOB")
         return DONE
-    from rich import box
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("run", "state", "job", "replicas", "time", "reason"):
-        numbers = heading in ("job", "replicas", "time")
-        table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading in ("run", "state", "time"))
-    for state in states:
-        took = show.duration((state.ended or time.time()) - state.started) if state.started else ""
-        job, replicas = str(state.slurm_job_id or ""), str(state.replicas_in_sync or "")
-        colour = show.COLOURS.get(state.name, "red")
-        why = state.reason or ("" if state.is_final else state.progress)
-        why = escape(why)
-        name = f"  └ {state.run_id.split('/')[1]}" if "/" in state.run_id else state.run_id
-        table.add_row(name, f"[{colour}]{state.name}[/]", job, replicas, took, why)
-    Console().print(table)
+    console = Console(highlight=False)
+    for line in _listed(states, console.width):
+        console.print(line, no_wrap=True, overflow="ellipsis", crop=False)
     return DONE
+
+
+def _listed(states: "list[queue.State]", width: int) -> "list[Text]":
+    """The runs as lines of a table: no column that is empty for all, a reason below its run where beside it is no room."""
+    from rich.text import Text
+
+    rows = [_row(state) for state in states]
+    shown = [n for n in range(len(_HEADINGS)) if n < 2 or any(row[n] for row in rows)]
+    widths = {n: max(len(_HEADINGS[n]), *(len(row[n]) for row in rows)) for n in shown}
+    others = sum(size + 2 for n, size in widths.items() if n > 0)
+    name_width = widths[0] = max(len(_HEADINGS[0]), min(widths[0], width - others))
+    reasons = [_reason(state) for state in states]
+    room = width - name_width - others - 2
+    beside = room >= min(LEAST_REASON, max(map(len, reasons)))
+
+    def line(cells: list[str], colour: str) -> Text:
+        made = Text()
+        for n in shown:
+            cell = cells[n].rjust(widths[n]) if n > 1 else cells[n].ljust(widths[n])
+            made.append(("  " if n else "") + cell, colour if n == 1 else "")
+        return made
+
+    lines = [line(list(_HEADINGS), "")]
+    if any(reasons) and beside:
+        lines[0].append("  reason")
+    lines[0].stylize("bold")
+    for state, row, reason in zip(states, rows, reasons, strict=True):
+        if len(row[0]) > name_width:  # a long name takes a line of its own
+            lines.append(Text(row[0]))
+            row = ["", *row[1:]]
+        lines.append(line(row, show.COLOURS.get(state.name, "red")))
+        if reason and beside:
+            lines[-1].append("  " + _cut(reason, room))
+        elif reason:
+            lines.append(Text("      " + _cut(reason, width - 6), "dim"))
+        lines[-1].rstrip()
+    return lines
+
+
+def _row(state: queue.State) -> list[str]:
+    took = show.duration((state.ended or time.time()) - state.started) if state.started else ""
+    name = f"  └ {state.run_id.split('/')[1]}" if "/" in state.run_id else state.run_id
+    return [name, state.name, str(state.slurm_job_id or ""), str(state.replicas_in_sync or ""), took]
+
+
+def _reason(state: queue.State) -> str:
+    return " ".join((state.reason or ("" if state.is_final else state.progress)).split())
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"

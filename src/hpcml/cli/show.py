@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,14 @@ from .. import queue, rundir
 from .. import site as sites
 from ..errors import BAD_INPUT, DONE, JOB_FAILED, SERVICE_SILENT, HpcmlError, ServiceSilent
 from ..job import clock
+from ..report.text_of import number
 from ..rundir import RunDir
 from ..tracking import journal
 
 if TYPE_CHECKING:
     import subprocess
+
+    from rich.text import Text
 
     from ..preflight import Finding
 
@@ -65,11 +69,10 @@ def wait(run: RunDir) -> queue.State:
     """Wait for a run with a live line on a terminal, else a line for each change."""
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.text import Text
 
         console = Console(stderr=True)
         with console.status("asking Slurm …") as live:
-            return queue.wait(run, lambda state: live.update(Text(_progress_line(state))))
+            return queue.wait(run, lambda state: live.update(_Ticking(state)))
     return queue.wait(run, lambda state: click.echo(f"hpcml: {_progress_line(state)}", err=True))
 
 
@@ -149,7 +152,7 @@ def summary(run: RunDir, state: queue.State) -> str:
         lines.append(f"  replicas  {state.replicas_in_sync} in sync")
     metrics = _last_metrics(run)
     if metrics:
-        lines.append("  metrics   " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        lines.append("  metrics   " + ", ".join(f"{name} {number(value)}" for name, value in metrics.items()))
     lines.append(f"  files     {run.path}")
     if run.notebook(0).exists():
         lines.append(f"  notebook  {run.notebook(0)}")
@@ -178,8 +181,20 @@ def _last_metrics(run: RunDir) -> dict[str, float]:
     return {name: newest[name] for name in wanted if name in newest}
 
 
+@dataclass(frozen=True)
+class _Ticking:
+    """A state's line, made anew each time that rich draws it, so that its clock goes on between two states."""
+
+    state: queue.State
+
+    def __rich__(self) -> "Text":
+        from rich.text import Text
+
+        return Text(_progress_line(self.state))
+
+
 def _progress_line(state: queue.State) -> str:
-    since = f" {clock(time.time() - state.submitted)}" if state.submitted and not state.is_final else ""
+    since = f" {clock(max(0.0, time.time() - state.since))}" if state.since and not state.is_final else ""
     parts = [f"{state.name}{since}", state.reason if not state.is_final else "", state.progress]
     job = f"job {state.slurm_job_id}: " if state.slurm_job_id else ""
     return job + " · ".join(part for part in parts if part)

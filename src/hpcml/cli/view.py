@@ -259,7 +259,7 @@ def _log_title(look: Look, active: Look) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def as_json(look: Look) -> dict[str, Any]:

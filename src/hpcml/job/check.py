@@ -37,9 +37,9 @@ class Checker:
     def unknown(self, tree: Mapping[str, Any], known: set[str], prefix: str) -> None:
         for key in tree:
             if key not in known:
-                where = self.origins.get(prefix + key, prefix + key)
+                where = self.origins.get(prefix + key, "").removesuffix(f": {prefix}{key}")  # the file alone
                 allowed = ", ".join(sorted(known - {"base"} if prefix else known))
-                self.add(f"unknown key {prefix + key!r}", where, allowed, nearest(key, known))
+                self.add(f"unknown key {prefix + key!r}", where, allowed, nearest(key, known) or _begins(key, known))
 
     def table(self, tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         value = tree.get(key, {})
@@ -109,6 +109,13 @@ class Checker:
             elif isinstance(value, str) and "\x00" in value:
                 self.add(f"params.{key} holds a NUL character", origin, "text that a process can be given")
         return dict(table)
+
+
+def _begins(key: str, known: set[str]) -> str:
+    """As ``nearest``, for the beginning of a name: ``gpus`` is not near enough to ``gpus_per_node``."""
+    start = key.rstrip("s")
+    match = min((name for name in known if len(start) > 2 and name.startswith(start)), default="")
+    return f"did you mean {match!r}?" if match else ""
 
 
 def resources(check: Checker, table: Mapping[str, Any]) -> Resources:

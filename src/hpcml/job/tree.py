@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import HpcmlError
 from .schema import WORK_KEYS
 
+_WORK = {".ipynb": "a notebook", ".py": "a script", ".sh": "a script", ".sbatch": "a batch script"}
+
 
 def merge_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the keys of a job file and its bases as nested tables, and each dotted key's origin.
@@ -41,22 +43,49 @@ def merge_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
 
 def _read(path: Path, named_by: Path | None) -> dict[str, Any]:
     origin = f"{named_by}: base" if named_by else ""
+    if path.suffix in _WORK and path.is_file():
+        raise HpcmlError(f"{path} is {_WORK[path.suffix]}, not a job file", origin=origin, fix=_job_for(path))
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise HpcmlError(
-            f"no job file at {path}", origin=origin, fix="check the path, or make one: hpcml init SCRIPT"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise HpcmlError(
-            f"{path} cannot be read: {error}", origin=origin, fix="a job file is UTF-8 text in TOML"
-        ) from None
+        fix = _near(path) or "check the path, or make one: hpcml init SCRIPT"
+        raise HpcmlError(f"no job file at {path}", origin=origin, fix=fix) from None
+    except IsADirectoryError:
+        fix = _near(path) or "name a job file, such as jobs/NAME.toml"
+        raise HpcmlError(f"{path} is a folder, not a job file", origin=origin, fix=fix) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        what = f"{path} cannot be read: line {line} is not UTF-8 text"
+        raise HpcmlError(what, origin=origin, fix="save it as UTF-8; a job file is text in TOML") from None
+    except OSError as error:
+        what = f"{path} cannot be read: {(error.strerror or str(error)).lower()}"
+        raise HpcmlError(what, origin=origin, fix="check the path and its permissions") from None
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number or a nesting beyond what Python reads
         raise HpcmlError(
             f"not valid TOML: {error}", origin=str(path), fix="strings need quotes, tables [brackets]"
         ) from None
+
+
+def _job_for(path: Path) -> str:
+    """How to come from a notebook, script or batch script to a job file."""
+    if path.suffix == ".sbatch":
+        return f"sbatch {path}, or its job file: {path.with_suffix('.toml')}"
+    return f"hpcml init {path} makes a job file for it"
+
+
+def _near(path: Path) -> str:
+    """Name the job file that was probably meant, of those beside the path, here and in ``jobs/``."""
+    folders = dict.fromkeys((path.parent, Path(), Path("jobs")))
+    try:
+        found = {file.stem: str(file) for folder in folders for file in sorted(folder.glob("*.toml"))}
+    except OSError:
+        return ""
+    import difflib  # only an error needs it
+
+    match = difflib.get_close_matches(path.stem, found, n=1, cutoff=0.6)
+    return f"did you mean {found[match[0]]!r}?" if match else ""
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

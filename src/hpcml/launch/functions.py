@@ -49,7 +49,8 @@ def submit(
 
     Args:
         job: resources, queue, environment and params: the path of a job file, whose notebook, script or command then
-            doesn't count and may be left out; a ``Job``; None for one core and 30 minutes.
+            doesn't count and may be left out; a ``Job``; None for one core and 30 minutes. Its strategy prepares the
+            node; where the function checks nothing of it, its log warns and the result stands.
         site: a site's name; None chooses as everywhere.
 
     Raises:

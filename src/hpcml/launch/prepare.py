@@ -1,14 +1,27 @@
 """From a job file and a site's name to a plan: the one way in for every command."""
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import facts, job, plan
 from .. import site as sites
+from ..errors import HpcmlError
 from ..node import devices, topology
+from ..plan import Plan
 from ..slurm import commands
+
+# Package → the extra that brings it.
+_EXTRAS = {
+    "tensorflow": "tensorflow",
+    "tf_keras": "tensorflow",
+    "papermill": "notebook",
+    "ipykernel": "notebook",
+    "mlflow": "mlflow",
+    "mlxtend": "data",
+}
 
 
 @dataclass(frozen=True)
@@ -43,3 +56,41 @@ def prepare(
     devices.mode_of(os.environ)  # what a worker would refuse is refused here, before anything is made
     topology.wanted_port(decided.tasks, os.environ)
     return Prepared(decided, where, why, {"params": dict(params or {}), "settings": dict(settings or {})})
+
+
+def needs_framework(plan: Plan) -> None:
+    """Refuse a job whose strategy needs a framework that its Python lacks, before anything is made.
+
+    Only this Python is looked at, and nothing is imported: another one would have to be started, and modules or a
+    search path of the job's own may bring the framework. ``hpcml check`` asks any Python.
+    """
+    from importlib.util import find_spec
+
+    own_path = plan.env.modules or "PYTHONPATH" in plan.env.vars
+    if own_path or os.path.dirname(os.path.abspath(python_of(plan))) != os.path.dirname(sys.executable):
+        return
+    missing = [name for name in plan.frameworks if find_spec(name) is None]
+    if missing:
+        raise HpcmlError(
+            f"strategy {plan.strategy!r} needs {' and '.join(missing)}, which {sys.executable} lacks",
+            origin=plan.origins.get("strategy", ""),
+            fix=remedy(missing),
+        )
+
+
+def python_of(plan: Plan) -> str:
+    """Return the Python that the node will take, as far as it can be seen from here."""
+    venv = os.environ.get("VIRTUAL_ENV")
+    own = os.path.expandvars(plan.env.python) if plan.env.python else None
+    if plan.scheduler == "local":
+        return os.environ.get("HPCML_PYTHON") or own or sys.executable
+    candidates = (os.environ.get("HPCML_PYTHON"), own, f"{venv}/bin/python" if venv else None)
+    return next((c for c in candidates if c), f"{plan.project}/.venv/bin/python")
+
+
+def remedy(missing: Sequence[str]) -> str:
+    """How to get packages into an environment."""
+    if "torch" in missing:
+        return "scripts/setup --torch, or pip install -r envs/torch/requirements.txt into the job's environment"
+    extras = ",".join(dict.fromkeys(_EXTRAS[name] for name in missing if name in _EXTRAS))
+    return f"scripts/setup, or pip install '{f'hpcml[{extras}]' if extras else 'hpcml'}' into the job's environment"

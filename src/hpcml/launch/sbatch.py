@@ -19,9 +19,23 @@ _HEADER = """\
 _ENVIRONMENT = """
 set -uo pipefail
 umask 077
-export HPCML_PROJECT="${{HPCML_PROJECT:-$SLURM_SUBMIT_DIR}}"
+{find}export HPCML_PROJECT="${{HPCML_PROJECT:-$SLURM_SUBMIT_DIR}}"
 export HPCML_RUNS="${{HPCML_RUNS:-{runs}}}"
 cd "$HPCML_PROJECT" || exit 2
+"""
+
+# Bash alone: no command of PATH is needed yet. A job file outside the project is named by its whole path.
+_FIND = """\
+if [ -z "${{HPCML_PROJECT:-}}" ]; then  # where sbatch was typed, or the nearest folder above it with the job file
+  job={job}
+  HPCML_PROJECT=$SLURM_SUBMIT_DIR
+  until [ -f "$HPCML_PROJECT/$job" ] || [ -z "$HPCML_PROJECT" ]; do HPCML_PROJECT=${{HPCML_PROJECT%/*}}; done
+  if [ -z "$HPCML_PROJECT" ]; then
+    echo "hpcml: no job file $job in $SLURM_SUBMIT_DIR or above it" >&2
+    echo "  fix: submit from the project's folder, or set HPCML_PROJECT" >&2
+    exit 2
+  fi
+fi
 """
 
 _PYTHON = """
@@ -108,7 +122,7 @@ def render(plan: Plan, site: Site, overrides: Mapping[str, Mapping[str, str]] | 
         [
             _HEADER.format(title=f"{plan.name}: {' '.join(plan.target)}, for the site {site.name}".replace("\n", " ")),
             *directives(plan),
-            _ENVIRONMENT.format(runs=_shell_path(site.runs)),
+            _ENVIRONMENT.format(find=_find(plan), runs=_shell_path(site.runs)),
             _modules(plan),
             _PYTHON.format(candidates=_candidates(plan)),
             _OPEN.format(job=job, site=shlex.quote(site.name), overrides=quoted),
@@ -126,7 +140,7 @@ def render_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> str:
     parts = [
         _HEADER.format(title=f"{parent.name}: {', '.join(plan.name for plan in plans)}, one after the other"),
         *directives(parent),
-        _ENVIRONMENT.format(runs=_shell_path(site.runs)),
+        _ENVIRONMENT.format(find="", runs=_shell_path(site.runs)),
         _modules(parent),
         _PYTHON.format(candidates=_candidates(parent)),
         _COMPARISON,
@@ -146,7 +160,7 @@ def render_functions(plan: Plan, site: Site, *, array: bool) -> str:
     return "".join(
         [
             f"#!/bin/bash\n# {plan.name}: a function, for the site {site.name}\n",
-            _ENVIRONMENT.format(runs=_shell_path(site.runs)),
+            _ENVIRONMENT.format(find="", runs=_shell_path(site.runs)),
             'export HPCML_RUN="$HPCML_RUN/$SLURM_ARRAY_TASK_ID"\n' if array else "",
             "unset HPCML_SUBMITTED\n",
             _modules(plan),
@@ -198,6 +212,11 @@ def _srun(plan: Plan, *, exact: bool = False) -> str:
     if exact and plan.gres:
         words.append(f"--gres={plan.gres}")
     return " ".join([*words, "--kill-on-bad-exit=1", '"$python"', "-P", "-m", "hpcml.node.worker"])
+
+
+def _find(plan: Plan) -> str:
+    job = plan.job_file or "/"
+    return "" if job.startswith("/") else _FIND.format(job=shlex.quote(job))
 
 
 def _modules(plan: Plan) -> str:

@@ -16,6 +16,7 @@ from .. import facts, job, plan, rundir, site, snapshot
 from ..errors import HpcmlError
 from ..rundir import RunDir
 from ..tracking import follow, provenance
+from . import ending
 
 # The last delivery of a job that delivers itself: the end marker and the files. What is late stays for `hpcml sync`.
 FINAL_DELIVERY_S = 60
@@ -49,14 +50,16 @@ def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) ->
     # git and the snapshot each wait for the file system: side by side they take the time of one.
     origins = threading.Thread(target=provenance.record, args=(run, decided))
     origins.start()
-    if decided.work != "function":
-        work = decided.target[0] if decided.work in ("notebook", "script") else None
-        snapshot.take(project, run.code, skip=run.root, work=work)
-        if decided.work == "script" and decided.inject and decided.params:
-            snapshot.inject(run.code / decided.target[0], decided.params)
-    if slurm_job_id is not None:
-        rundir.write_json(run.submitted, {"slurm_job_id": slurm_job_id, "submitted": time.time()})
-    origins.join()
+    try:
+        if decided.work != "function":
+            work = decided.target[0] if decided.work in ("notebook", "script") else None
+            snapshot.take(project, run.code, skip=run.root, work=work)
+            if decided.work == "script" and decided.inject and decided.params:
+                snapshot.inject(run.code / decided.target[0], decided.params)
+        if slurm_job_id is not None:
+            rundir.write_json(run.submitted, {"slurm_job_id": slurm_job_id, "submitted": time.time()})
+    finally:  # whoever removes a run that could not be filled must be the last to write there
+        origins.join()
     rundir.write_json(run.plan, decided.to_json())
 
 
@@ -80,22 +83,25 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
     plan_data = rundir.read_json(run.plan)
     names = plan_data.get("target", ()) if plan_data.get("work") == "comparison" else ()
     variants = [marker for name in names if (marker := rundir.read_json(run.child(name).status))]
-    failed = sorted((rank for rank in ranks if rank.get("exit_code")), key=lambda rank: rank["ended"])
     stop = rundir.read_json(run.stop)
-    first_end = min((rank["ended"] for rank in (failed or ranks)), default=now)
-    if stop.get("restart", -1) == restart and stop["time"] <= first_end:
+    stop = stop if stop.get("restart", -1) == restart else {}
+    cleared_s = stop["time"] if stop and stop["signal"] != "SIGUSR2" else None
+    tasks = 0 if signal or names else plan_data.get("nodes", 0) * plan_data.get("tasks_per_node", 0)
+    failed = ending.cause(ranks, tasks, exit_code, cleared_s)
+    ends = [failed] if failed else ranks
+    if stop and all(ending.came_after(rank, stop["time"]) for rank in ends):
         signal = signal or str(stop["signal"])
-    elif ranks:
+    elif ends:
         signal = None  # the ranks ended by themselves first; the signal came from clearing the others away
     if failed:
-        exit_code = int(failed[0]["exit_code"])
+        exit_code = int(failed["exit_code"])
     killed = exit_code == 137
     ended: dict[str, object] = {
         "state": "COMPLETED" if exit_code == 0 else "FAILED",
         "exit_code": exit_code,
         "final": not (signal or killed) or (exit_code == 0 and str(signal).endswith("USR2")),
-        "reason": failed[0].get("reason", "") if failed else "",
-        "failed_rank": failed[0]["rank"] if failed else None,
+        "reason": failed.get("reason", "") if failed else "",
+        "failed_rank": failed["rank"] if failed else None,
         "signal": signal,
         "replicas_in_sync": next((r["replicas_in_sync"] for r in ranks if r.get("replicas_in_sync")), None),
         "lost": sum(rank.get("lost") or 0 for rank in ranks),

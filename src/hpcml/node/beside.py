@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 
 from ..rundir import RunDir
@@ -10,23 +11,28 @@ from . import bootstrap, topology
 
 # A job that has ended should give back its node; what is not sent by then stays for `hpcml sync`.
 DELIVERY_S = 30.0
+# Where other ranks may wait in a collective for the one that has failed; the batch script delivers once more.
+HURRIED_S = 3.0
 
 
 @contextlib.contextmanager
-def beside(run: RunDir, ready: bootstrap.Bootstrap, environment: Mapping[str, str], restart: int) -> Iterator[None]:
-    """Watch and deliver while the work runs; neither can end it.
+def beside(
+    run: RunDir, ready: bootstrap.Bootstrap, environment: Mapping[str, str], restart: int
+) -> Iterator[threading.Event]:
+    """Watch and deliver while the work runs; neither can end it. Set the event where the end must not wait.
 
     Args:
         environment: as this rank was given it, before its own devices were chosen.
     """
     delivery = follow.in_job(run) if ready.topology.rank == 0 else None
     watching = watch(run, ready, environment, restart)
+    hurry = threading.Event()
     try:
-        yield
+        yield hurry
     finally:
         if watching:
             watching.stop()
-        follow.finish(delivery, DELIVERY_S)
+        follow.finish(delivery, HURRIED_S if hurry.is_set() else DELIVERY_S)
 
 
 def watch(

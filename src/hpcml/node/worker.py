@@ -6,7 +6,6 @@ runs in user code. Standard library only, so that nothing here can start a threa
 
 import contextlib
 import os
-import re
 import select
 import signal
 import subprocess
@@ -20,10 +19,9 @@ from typing import IO
 
 from .. import rundir
 from ..errors import HpcmlError
-from ..plan import NEVER_CHECKED, Plan, from_json
+from ..plan import Plan, from_json
 from ..rundir import RunDir
-from ..tracking import journal
-from . import batch, bootstrap
+from . import batch, bootstrap, ending
 from .beside import beside
 
 # After TERM the work has this long before KILL; Slurm's own KillWait is 30 s by default.
@@ -33,6 +31,9 @@ PROFILE_S = 90
 _POLL_S = 0.2
 # What an ended child has written lies in the pipe (64 KiB); what comes later is of a process that it left behind.
 _DRAIN_S = 2
+# A rank that only lost its peer leaves the one that died this long to tell why: a notebook's engine looks for a dead
+# kernel once a second, and our own exit makes srun clear the others away.
+YIELD_S = 3
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -49,23 +50,25 @@ def run_rank(run: RunDir, plan: Plan) -> int:
         ready = bootstrap.prepare(environment, plan.strategy, plan.keras, plan.gpus_per_node)
         rank = ready.topology.rank
         _say(log, rank, f"hpcml: {ready.describe()}")
-        with beside(run, ready, environment, restart):
-            code = _child(run, plan, {**environment, **ready.variables}, log, rank)
-            if plan.profile and rank == 0:
-                _split_profile(run)
-        reason = "" if code == 0 else _last_words(run.log(rank), code)
-        if code == 0:
-            code, reason = _judged(run, plan, rank, restart)
-            if reason:
+        with beside(run, ready, environment, restart) as hurry:
+            worked, ended = _child(run, plan, {**environment, **ready.variables}, log, rank)
+            code, reason = ending.judged(run, plan, rank, restart, worked)
+            if code and not worked:
                 _say(log, rank, f"hpcml: {reason}")
+            if code and ready.topology.world > 1:
+                hurry.set()  # the others may wait for this rank in a collective until it has ended
+            elif plan.profile and rank == 0:
+                _split_profile(run)
     except HpcmlError as error:
-        reason = str(error).splitlines()[0]
+        reason, ended = str(error).splitlines()[0], time.time()
         _say(log, rank, f"hpcml: {error}", error=True)
-    records = [r for r in journal.read(run.events) if r["rank"] == rank and r["restart"] == restart]
-    replicas = next((r.get("in_sync") for r in reversed(records) if r["kind"] == "replicas"), None)
-    lost = journal.lost(run.events, rank, restart)
+    told = ending.records_of(run, rank, restart)
+    replicas = next((r.get("in_sync") for r in reversed(told) if r["kind"] == "replicas"), None)
+    lost = sum(r["count"] for r in told if r["kind"] == "lost" and isinstance(r.get("count"), int))
     marker = {"rank": rank, "exit_code": code, "reason": reason, "replicas_in_sync": replicas, "lost": lost}
-    rundir.write_json(run.status_of(rank), {**marker, "started": started, "ended": time.time(), "restart": restart})
+    rundir.write_json(run.status_of(rank), {**marker, "started": started, "ended": ended, "restart": restart})
+    if code and ending.lost_its_peer(reason):
+        _wait_for_the_cause(run, restart)
     cleared_away = code == 143 and rundir.read_json(run.stop).get("restart") == restart
     if code and rank and not cleared_away:
         print(f"hpcml: rank {rank} failed: {reason}\n  its log: {run.log(rank)}", file=sys.stderr, flush=True)
@@ -94,7 +97,19 @@ def command_of(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[list[s
     return [*plan.target, *arguments], code
 
 
-def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes], rank: int) -> int:
+def _wait_for_the_cause(run: RunDir, restart: int) -> None:
+    """Return when the rank that ended the others has left its marker, when this one is cleared away, or soon."""
+    deadline = time.monotonic() + YIELD_S
+    while time.monotonic() < deadline and not _told_to_end(run, restart):
+        ranks = [rundir.read_json(path) for path in run.path.glob("status.*.json")]
+        failed = [rank["reason"] for rank in ranks if rank.get("restart") == restart and rank.get("exit_code")]
+        if not all(map(ending.lost_its_peer, failed)):
+            return
+        time.sleep(_POLL_S)
+
+
+def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes], rank: int) -> tuple[int, float]:
+    """Run the work; return its exit code and when its process ended, which others that it left behind may outlive."""
     words, folder = command_of(run, plan, rank, int(environment["HPCML_RESTART"]))
     try:
         child = subprocess.Popen(
@@ -106,8 +121,9 @@ def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes],
             f"{words[0]} can't be started: {error.strerror}", fix="check the job's command and [env]"
         ) from None
     _forward(run, child, int(environment["HPCML_RESTART"]))
+    ended: list[float] = []
     try:
-        for chunk in _output(run, child):
+        for chunk in _output(run, child, ended):
             _keep(log, chunk)
             if rank == 0:
                 _show(chunk)
@@ -116,13 +132,13 @@ def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes],
             time.sleep(_POLL_S)
     finally:
         _kill_group(child, signal.SIGKILL)  # what the work left behind ends with it, as under Slurm
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else 128 - code, ended[0] if ended else time.time()
 
 
-def _output(run: RunDir, child: subprocess.Popen[bytes]) -> Iterator[bytes]:
+def _output(run: RunDir, child: subprocess.Popen[bytes], ended: list[float]) -> Iterator[bytes]:
     """Yield what the child writes until it has ended; a process that it left behind may hold its output open for ever."""
     assert child.stdout is not None
-    pipe, end = child.stdout.fileno(), _end_of(child)
+    pipe, end = child.stdout.fileno(), _end_of(child, ended)
     watched = [pipe, end]
     over = float("inf")
     while True:
@@ -139,12 +155,13 @@ def _output(run: RunDir, child: subprocess.Popen[bytes]) -> Iterator[bytes]:
             return
 
 
-def _end_of(child: subprocess.Popen[bytes]) -> int:
-    """Return a descriptor that becomes readable when the child has ended, so that nobody needs to poll."""
+def _end_of(child: subprocess.Popen[bytes], ended: list[float]) -> int:
+    """Return a descriptor that becomes readable when the child has ended, so that nobody needs to poll; notes the time."""
     reading, writing = os.pipe()
 
     def wait() -> None:
         child.wait()
+        ended.append(time.time())
         os.close(writing)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -179,6 +196,7 @@ def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
     ending: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
+        now = time.time()  # before the child can have died of it
         if number != signal.SIGUSR2 and not ending:
             ending.append(number)
             _kill_group(child, signal.SIGTERM)
@@ -189,7 +207,7 @@ def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
         if stop.get("restart") != restart or (stop.get("signal") == "SIGUSR2" and number != signal.SIGUSR2):
             with contextlib.suppress(OSError):
                 name = signal.Signals(number).name
-                rundir.write_json(run.stop, {"signal": name, "time": time.time(), "restart": restart})
+                rundir.write_json(run.stop, {"signal": name, "time": now, "restart": restart})
 
     for number in _FORWARDED:
         signal.signal(number, handler)
@@ -203,8 +221,7 @@ def _kill_group(child: subprocess.Popen[bytes], number: int) -> None:
 def _saves(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
     """Whether a run that was asked to stop still has processes: a shell dies of TERM at once, the training in it saves."""
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
-    stop = rundir.read_json(run.stop)
-    if stop.get("restart") != restart or stop["signal"] == "SIGUSR2" or time.time() > stop["time"] + GRACE_S:
+    if not _told_to_end(run, restart) or time.time() > rundir.read_json(run.stop)["time"] + GRACE_S:
         return False
     try:
         os.killpg(child.pid, 0)
@@ -213,46 +230,17 @@ def _saves(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
     return True
 
 
+def _told_to_end(run: RunDir, restart: int) -> bool:
+    """Whether a rank was sent a signal that ends it; USR2 only warns."""
+    stop = rundir.read_json(run.stop)
+    return stop.get("restart") == restart and stop["signal"] != "SIGUSR2"
+
+
 def _split_profile(run: RunDir) -> None:
     """Turn the profile into the parts of a step, in a process of its own: xprof is large, and may fail as it likes."""
     words = [sys.executable, "-P", "-m", "hpcml.tracking.profile", str(run.path)]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         subprocess.run(words, stdin=subprocess.DEVNULL, timeout=PROFILE_S, check=False)
-
-
-def _judged(run: RunDir, plan: Plan, rank: int, restart: int) -> tuple[int, str]:
-    """Judge work that ended with 0: what it said of itself, and whether its strategy was ever checked.
-
-    A strategy that nobody checked may be several tasks that each trained the whole job: that is a failure.
-    """
-    own = [r for r in journal.read(run.events) if r["rank"] == rank and r["restart"] == restart]
-    said = next((r for r in reversed(own) if r["kind"] == "finish"), None)
-    if said and said.get("state") != "COMPLETED":
-        return 1, str(said.get("reason") or "the work called run.finish() with another state than COMPLETED")
-    if plan.strategy is None and plan.tasks > 1 and plan.work in ("notebook", "script") and not own and rank == 0:
-        print(
-            f"hpcml: warning: {plan.tasks} tasks ran and none called hpcml.begin(); unless the work divides itself, "
-            "each of them has done all of it",
-            file=sys.stderr,
-            flush=True,
-        )
-    if plan.strategy is None or any(r["kind"] == "replicas" for r in own):
-        return 0, ""
-    return 1, NEVER_CHECKED.format(strategy=plan.strategy)
-
-
-def _last_words(log: Path, code: int) -> str:
-    if code > 128 and code - 128 in list(signal.Signals):
-        name = signal.Signals(code - 128).name
-        return f"killed by {name}" + (" (often out of memory)" if name == "SIGKILL" else "")
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("hpcml: rank ")]  # our own greeting is nobody's last word
-    lines = [re.sub(r"^([a-z_]\w*\.)+(?=[A-Z]\w*(Error|Exception)\b)", "", line) for line in lines]
-    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-    said = f"; its last line: {lines[-1]}" if lines else ""
-    return (errors[-1] if errors else f"exit code {code}{said}")[:300]
 
 
 def _say(log: IO[bytes], rank: int, text: str, *, error: bool = False) -> None:

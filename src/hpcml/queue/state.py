@@ -13,7 +13,7 @@ from .. import rundir
 from ..errors import HpcmlError
 from ..rundir import RunDir
 from ..slurm import commands
-from ..slurm.text import ENDED, JobState
+from ..slurm.text import ENDED, WAITING, JobState
 from .progress import progress
 
 # Slurm acts on a time limit about 10 s late, and its clock is not ours.
@@ -52,6 +52,11 @@ class State:
     def is_final(self) -> bool:
         """Whether the run has ended for good."""
         return self.name in ENDED or self.name == "UNKNOWN"
+
+    @property
+    def since(self) -> float | None:
+        """When it came into this state, in seconds since the epoch: waiting since submission, running since its start."""
+        return self.submitted if self.name in WAITING else self.started
 
     @property
     def told_by(self) -> str:

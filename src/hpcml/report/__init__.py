@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from .. import rundir
@@ -12,11 +13,14 @@ from ..rundir import RunDir
 LONGEST_S = 300
 
 
-def write(run: RunDir, *, state: str = "", reason: str = "") -> Path:
+def write(
+    run: RunDir, *, state: str = "", reason: str = "", states: Mapping[str, tuple[str, str]] | None = None
+) -> Path:
     """Make a run's report and its plots now, atomically, readable by the user alone, and return the report's path.
 
     Args:
         state: how the run ended where its end marker does not say; ``reason`` likewise.
+        states: by name the states and reasons of a comparison's variants, likewise.
 
     Raises:
         HpcmlError: Jinja is missing.
@@ -24,7 +28,7 @@ def write(run: RunDir, *, state: str = "", reason: str = "") -> Path:
     """
     from . import facts, page, pictures
 
-    report = facts.collect(run, state=state, reason=reason)
+    report = facts.collect(run, state=state, reason=reason, states=states)
     drawn = pictures.draw(report)
     content = page.html(report, drawn)
     if drawn:

@@ -18,6 +18,7 @@ LEAST_TIME_S = TIME_STEP_S = 300
 IDLE_GPU, BUSY_GPU = 0.30, 0.60
 NEARLY_FULL = 0.95
 THROTTLED = 0.05
+REHEARSED = "A rehearsal on CPUs: its times and sizes tell nothing about the run on GPUs, so there is no advice."
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Advice:
 def advice(report: Report) -> list[Advice]:
     """Return what to change next time, the most costly first; empty where the requests fit, or nothing was measured.
 
+    A rehearsal is told nothing: it says which run is no measure for the one on GPUs (``REHEARSED``).
     A run that did not complete may have ended before its peak, so only what it lacked is told of it.
     """
-    if report.comparison:
+    if report.comparison or report.usage.rehearsal:
         return []
     if not report.outcome.completed:
         return list(_lacked(report))

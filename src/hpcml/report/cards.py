@@ -103,7 +103,9 @@ def uses(report: Report) -> list[Use]:
         found.append(Use("Memory a node", asked, used, _share(u.memory_peak_gib, u.memory_asked_gib)))
     if u.gpus_asked or u.gpus:
         used = MISSING if u.gpu_utilization is None else f"{percent(u.gpu_utilization)} busy on average"
-        if u.gpus != u.gpus_asked:
+        if u.rehearsal:
+            used = "none here, CPUs rehearsed" if u.capped else f"{u.gpus_asked} given, none used: CPUs rehearsed"
+        elif u.gpus != u.gpus_asked:
             used = f"{u.gpus} given" + ("" if u.gpu_utilization is None else f", {used}")
         found.append(Use("GPUs", str(u.gpus_asked or 0), used, u.gpu_utilization))
     return found
@@ -132,9 +134,9 @@ def lead(report: Report) -> list[str]:
         shown = ", ".join(report.hosts[:4]) + (f" and {len(report.hosts) - 4} more" if len(report.hosts) > 4 else "")
         place.append(f"on {shown}")
     if plan:
-        nodes = "1 node" if plan.nodes == 1 else f"{plan.nodes} nodes"
-        tasks = "1 task" if plan.tasks == 1 else f"{plan.tasks} tasks"
-        place.append(f"{nodes}, {tasks} of {plan.cpus_per_task} cores")
+        nodes, tasks = _count(plan.nodes, "node"), _count(plan.tasks, "task")
+        of = "" if report.comparison else f", {tasks} of {_count(plan.cpus_per_task, 'core')}"
+        place.append(nodes + of)
     names = list(dict.fromkeys(gpu.name for gpu in report.gpus if gpu.name))
     if names:
         place.append(f"{len(report.gpus)} × {', '.join(names)}")
@@ -142,7 +144,9 @@ def lead(report: Report) -> list[str]:
         place.append(f"Slurm job {report.queue.slurm_job_id}")
     lines = [" · ".join(words), *([" · ".join(place)] if place else [])]
     outcome = report.outcome
-    if not outcome.completed and outcome.reason:
+    if report.failed:
+        lines += [f"{one.name} {one.outcome.state}: {one.measured.error}" for one in report.failed]
+    elif not outcome.completed and outcome.reason:
         code = f" (exit code {outcome.exit_code})" if outcome.exit_code else ""
         rank = f"rank {outcome.failed_rank}: " if outcome.failed_rank is not None and report.ranks > 1 else ""
         lines.append(f"{rank}{outcome.reason}{code}")
@@ -151,16 +155,27 @@ def lead(report: Report) -> list[str]:
     return lines
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def _best(report: Report) -> list[Card]:
     assert report.comparison
-    rows = [row for row in report.comparison.rows if row.measured.samples_per_s is not None]
+    ended = [row for row in report.comparison.rows if row.measured.state == "COMPLETED"]
+    rows = [row for row in ended if row.measured.samples_per_s is not None]
     if not rows:
         return []
     best = max(rows, key=lambda row: row.measured.samples_per_s or 0)
     found = [Card("Fastest", best.measured.name, f"{number(best.measured.samples_per_s)} samples/s")]
     if best.speedup is not None and best.measured.name != report.comparison.baseline:
-        found.append(Card("Speed-up", speedup_text(best.speedup), f"over {report.comparison.baseline}"))
-    if best.efficiency is not None and best.measured.name != report.comparison.baseline:
+        note = f"over {report.comparison.baseline}"
+        if not report.comparison.rehearsal:
+            found.append(Card("Speed-up", speedup_text(best.speedup), note))
+    if (
+        not report.comparison.rehearsal
+        and best.efficiency is not None
+        and best.measured.name != report.comparison.baseline
+    ):
         found.append(Card("Efficiency", percent(best.efficiency), "speed-up over the ratio of replicas"))
     return found
 

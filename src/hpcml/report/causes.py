@@ -1,5 +1,6 @@
 """A likely cause of a failure, from its state, exit code and last log lines: a table of what goes wrong on clusters."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -14,11 +15,18 @@ class Cause:
         what: the cause in words.
         evidence: the line, state or code that says so.
         fix: what to do.
+        variant: of a comparison, the variant that it ended.
     """
 
     what: str
     evidence: str
     fix: str
+    variant: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The cause as a sentence; a variant's name stays as it is."""
+        return f"{self.variant}: {self.what}" if self.variant else f"{self.what[:1].upper()}{self.what[1:]}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,24 @@ _SIGNALS = {
 _NO_COMMAND = ("the command was not found", "check its name, and the modules and PATH in [env]")
 
 
+def likely_causes(report: Report) -> list[Cause]:
+    """Return what most likely ended a run; of a comparison what ended each of its variants that failed."""
+    if report.comparison is None:
+        return [cause] if (cause := likely_cause(report)) else []
+    if report.failed:
+        return [_of_variant(one) for one in report.failed]
+    return [cause] if (cause := likely_cause(report)) else []
+
+
+def _of_variant(report: Report) -> Cause:
+    cause = likely_cause(report)
+    if cause is None:
+        code = report.outcome.exit_code
+        evidence = f"state {report.outcome.state}" + (f", exit code {code}" if code is not None else "")
+        cause = Cause("it did not complete", evidence, f"read what it said: hpcml logs {report.id}")
+    return dataclasses.replace(cause, variant=report.name)
+
+
 def likely_cause(report: Report) -> Cause | None:
     """Return what most likely ended a run, None for one that completed, still runs, or gives no sign.
 
@@ -168,12 +194,8 @@ def likely_cause(report: Report) -> Cause | None:
     outcome = report.outcome
     if outcome.completed or outcome.state in ("RUNNING", "PENDING"):
         return None
-    if report.comparison:
-        failed = [row.measured.name for row in report.comparison.rows if row.measured.state != "COMPLETED"]
-        if failed:
-            return Cause(
-                f"{', '.join(failed)} did not complete", "the comparison's table", "see the report of each variant"
-            )
+    if report.failed:
+        return _of_variant(report.failed[0])
     if outcome.state in _STATES:
         what, fix = _STATES[outcome.state]
         return Cause(what, f"state {outcome.state}" + (f": {outcome.reason}" if outcome.reason else ""), fix)

@@ -21,6 +21,9 @@ BASELINE = "original"
 # Two seeds of one small training already differ by about a point: more than two needs a reason.
 ACCURACY_POINTS = 2.0
 MISSING = "–"
+ONGOING = {"RUNNING": "cyan", "PENDING": "yellow"}
+# What trainers warn of in a rehearsal; the comparison's first note says it for all of them.
+_SHARED_CORES = "share this machine's cores"
 _TENSORFLOW_DEVICE = re.compile(r"(?:.*:)?(CPU|GPU|TPU):\d+", re.IGNORECASE)
 
 
@@ -52,6 +55,11 @@ class Comparison:
         return any(row.measured.virtual for row in self.rows)
 
     @property
+    def rehearsal(self) -> bool:
+        """Whether no variant ran on a GPU and some ran on virtual CPU devices: its speed-ups tell nothing."""
+        return self.virtual and not any(_on_gpus(row.measured) for row in self.rows)
+
+    @property
     def heading(self) -> str:
         """Kind of device and, where all variants share it, the global batch."""
         kinds = list(dict.fromkeys(kind for row in self.rows if (kind := _device_kind(row.measured))))
@@ -68,22 +76,33 @@ class Comparison:
         return batches.pop() if len(batches) == 1 else None
 
 
-def compare(runs: Sequence[RunDir]) -> Comparison:
+def compare(runs: Sequence[RunDir], states: Mapping[str, tuple[str, str]] | None = None) -> Comparison:
     """Measure runs and set them beside the first whose strategy is ``original``, else beside the first.
 
     A run that failed keeps its row, with its state and reason.
+
+    Args:
+        states: by name the state and reason of runs whose own end marker does not say.
 
     Raises:
         HpcmlError: no runs.
     """
     if not runs:
         raise HpcmlError("nothing to compare", allowed="one run or more", fix="hpcml compare JOB JOB…")
-    measured = [measure(run) for run in runs]
+    measured = [_known(measure(run), states or {}) for run in runs]
     base = next((m for m in measured if m.strategy == BASELINE), measured[0])
     rows = tuple(_row(m, base) for m in measured)
     known = {m.name: plan for m, run in zip(measured, runs, strict=True) if (plan := plan_of(run))}
     unlike = [f"not like for like: {problem.what}" for problem in plans.unfair(known)] if known else []
     return Comparison(rows, base.name, (*unlike, *_notes(rows, base)))
+
+
+def _known(m: Measured, states: Mapping[str, tuple[str, str]]) -> Measured:
+    """A run as measured, with the state that others know of one without an end marker."""
+    state, reason = states.get(m.name, ("", ""))
+    if m.state != "UNKNOWN" or state in ("", "UNKNOWN"):
+        return m
+    return dataclasses.replace(m, state=state, error=None if state in ("COMPLETED", *ONGOING) else reason or m.error)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -141,21 +160,23 @@ def table(comparison: Comparison) -> "Table":
         drawn.add_column(header, justify="right", no_wrap=True)
     for row in comparison.rows:
         m = row.measured
-        cells = [replicas_text(m), number_text(m.samples_per_s), speedup_text(row.speedup)]
+        cells = [replicas_text(m), number_text(m.samples_per_s), marked_speedup(comparison, row)]
         cells += [percent_text(row.efficiency, 0), number_text(m.step_time_ms), number_text(m.time_to_first_step_s)]
         cells += [percent_text(m.accuracy, 1)]
         if not same_batch:
             cells.insert(0, MISSING if m.global_batch is None else f"{m.global_batch:,}")
-        state = () if m.state == "COMPLETED" else ("\n", (m.state, "bold red"))
+        state = () if m.state == "COMPLETED" else ("\n", (m.state, ONGOING.get(m.state, "bold red")))
         drawn.add_row(Text.assemble(m.name, *state), *cells)
     return drawn
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """Return why variants failed, then what they warned of; a warning that several share is told once."""
+    """Return why variants failed, then what they warned of; a warning that several share, or a note says, is told once."""
     measured = [row.measured for row in comparison.rows]
     told = [f"{m.name} {m.state}: {m.error}" for m in measured if m.error]
     for warning in dict.fromkeys(warning for m in measured for warning in m.warnings):
+        if comparison.virtual and _SHARED_CORES in warning:
+            continue
         told.append(f"{', '.join(m.name for m in measured if warning in m.warnings)}: {warning}")
     return told
 
@@ -171,6 +192,12 @@ def number_text(value: float | None) -> str:
 def speedup_text(value: float | None) -> str:
     """Return ``1.85×``, ``–`` for none."""
     return MISSING if value is None else f"{value:.2f}×"
+
+
+def marked_speedup(comparison: Comparison, row: Row) -> str:
+    """Return a speed-up; that of a rehearsal with the star of the note that explains it."""
+    star = "*" if comparison.rehearsal and row.speedup is not None else ""
+    return speedup_text(row.speedup) + star
 
 
 def percent_text(fraction: float | None, digits: int) -> str:
@@ -198,7 +225,8 @@ def _notes(rows: Sequence[Row], base: Measured) -> list[str]:
     shared = max((row.measured.replicas or 0 for row in rows if row.measured.virtual), default=0)
     if any(row.measured.virtual for row in rows):
         detail = f": {shared} replicas share the same cores" if shared > 1 else ""
-        notes.append(f"On virtual CPU devices no speed-up can be expected{detail}.")
+        star = "" if any(_on_gpus(row.measured) for row in rows) else "* "
+        notes.append(f"{star}On virtual CPU devices no speed-up can be expected{detail}.")
     if base.strategy != BASELINE and len(rows) > 1:
         notes.append(f"No variant is the {BASELINE}: speed-ups are over {base.name}, the first.")
     if not base.samples_per_s and len(rows) > 1:

@@ -11,8 +11,8 @@ from typing import Any
 from .. import plan as plans
 from .. import rundir
 from ..rundir import RunDir, read_json
-from . import logs, records
-from .comparison import Comparison, compare
+from . import logs, records, variants
+from .comparison import ONGOING, Comparison, compare
 from .measured import Measured, measure, plan_of
 from .records import Records
 from .series import Series
@@ -99,7 +99,9 @@ class Report:
         epochs: when each epoch ended, in seconds since the run began, by number.
         metrics, telemetry: series on the same clock, seconds since the run began.
         threads, data, params, provenance: settings with their origins.
-        logs: the last lines of the rank that failed, or of rank 0.
+        logs: the last lines of the rank that failed, or of rank 0; of a comparison those of the first variant that
+            failed.
+        failed: the variants of a comparison that failed.
         comparison: of a run with variants, None for others.
         lost: records that could not be kept.
         missing: what could not be told, and why, in words.
@@ -133,20 +135,26 @@ class Report:
     comparison: Comparison | None
     lost: int
     missing: tuple[str, ...]
+    failed: tuple["Report", ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as plain JSON data; what JSON has no number for is ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
-        plain = _plain(dataclasses.asdict(self))
+        plain = _plain(
+            dataclasses.asdict(dataclasses.replace(self, failed=())) | {"failed": [r.id for r in self.failed]}
+        )
         assert isinstance(plain, dict)
         return plain
 
 
-def collect(run: RunDir, *, state: str = "", reason: str = "") -> Report:
+def collect(
+    run: RunDir, *, state: str = "", reason: str = "", states: Mapping[str, tuple[str, str]] | None = None
+) -> Report:
     """Read the facts of a run; what is absent or unreadable is None or empty, never an error.
 
     Args:
         state: how it ended where its own end marker does not say, such as Slurm's word on a killed job.
         reason: likewise.
+        states: by name the states and reasons of a comparison's variants, likewise.
     """
     plan, submitted, found = plan_of(run), read_json(run.submitted), records.read(run)
     status = records.status_of(run, found)
@@ -157,7 +165,11 @@ def collect(run: RunDir, *, state: str = "", reason: str = "") -> Report:
     gpus = gpus_of(found, telemetry, outcome.elapsed_s)
     split = _split(found)
     raw_plan = read_json(run.plan)
-    children = rundir.children(run) if raw_plan.get("work") == "comparison" else []
+    is_comparison = raw_plan.get("work") == "comparison"
+    children = variants.ordered(run, raw_plan) if is_comparison else []
+    known = variants.states_of(children, outcome.state, states or {})
+    compared = compare(children, known) if children else None
+    failed = _failed(children, compared, known)
     report = Report(
         id=run.id,
         path=str(run.path),
@@ -179,19 +191,28 @@ def collect(run: RunDir, *, state: str = "", reason: str = "") -> Report:
         split=split,
         **settings_of(plan, found, read_json(run.path / "provenance.json")),
         messages=_messages(found, begin_s),
-        logs=logs.ends(run, outcome.failed_rank),
+        logs=next((one.logs[:1] for one in failed if one.logs), ()) or logs.ends(run, outcome.failed_rank),
         notebook=str(run.notebook(0)) if run.notebook(0).is_file() else None,
-        comparison=compare(_ordered(children, raw_plan)) if children else None,
+        comparison=compared,
         lost=found.lost + (status["lost"] if isinstance(status.get("lost"), int) else 0),
         missing=(),
+        failed=failed,
     )
     return dataclasses.replace(report, missing=_missing(report))
 
 
-def _ordered(children: list[RunDir], plan: Mapping[str, Any]) -> list[RunDir]:
-    names = list(plan.get("target") or ())
-    place = {name: number for number, name in enumerate(names)}
-    return sorted(children, key=lambda child: place.get(child.id.rsplit("/", 1)[1], len(names)))
+def _failed(
+    children: list[RunDir], compared: Comparison | None, known: Mapping[str, tuple[str, str]]
+) -> tuple[Report, ...]:
+    """The variants that began and did not complete; the first is what there is to look at."""
+    found = []
+    for child, row in zip(children, compared.rows if compared else (), strict=True):
+        if row.measured.state not in ("COMPLETED", *ONGOING):
+            state, reason = known.get(row.measured.name, ("", ""))
+            one = collect(child, state=state, reason=reason)
+            error = row.measured.error
+            found.append(dataclasses.replace(one, measured=dataclasses.replace(one.measured, error=error)))
+    return tuple(found)
 
 
 def _outcome(run: RunDir, status: Mapping[str, Any], found: Records, state: str, reason: str) -> Outcome:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HpcmlError
 from . import notebook, tables
-from .advice import Advice, advice
+from .advice import REHEARSED, Advice, advice
 from .cards import cards, lead
-from .causes import likely_cause
+from .causes import likely_causes
 from .facts import Report
 from .settings import Setting
 from .tables import Table
@@ -83,7 +83,7 @@ def html(report: Report, pictures: "Sequence[Picture]" = ()) -> str:
         "state": state,
         "mood": mood,
         "lead": lead(report),
-        "causes": [cause] if (cause := likely_cause(report)) else [],
+        "causes": likely_causes(report),
         "cards": cards(report),
         "advice": _advice(report),
         "sections": _sections(report, pictures, Markup),
@@ -101,8 +101,11 @@ def html(report: Report, pictures: "Sequence[Picture]" = ()) -> str:
 def _advice(report: Report) -> list[Block]:
     items = [_item(one) for one in advice(report)]
     notes: tuple[str, ...] = ()
-    if not items and report.outcome.completed and report.telemetry and not report.comparison:
-        notes = ("The requests fit what was used.",)
+    if not items and report.outcome.completed and not report.comparison:
+        if report.usage.rehearsal:
+            notes = (REHEARSED,)
+        elif report.telemetry:
+            notes = ("The requests fit what was used.",)
     return [Block("advice", "", advice=items, notes=notes)] if items or notes else []
 
 
@@ -158,6 +161,8 @@ def _logs(report: Report) -> list[Block]:
     blocks = []
     for number_, end in enumerate(report.logs):
         whose = "Slurm's output" if end.rank is None else f"the log of rank {end.rank}"
+        if end.rank is not None and report.failed:
+            whose += f" of {next(one.name for one in report.failed if one.logs)}"
         is_open = "open" if number_ == 0 and not report.outcome.completed and report.outcome.state != "RUNNING" else ""
         title = f"Last {len(end.lines)} lines of {whose}"
         blocks.append(Block(f"log-{number_}", title, text="\n".join(end.lines), open=is_open))

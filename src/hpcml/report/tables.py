@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cards import uses, wait_text
-from .comparison import number_text, percent_text, remarks, replicas_text, speedup_text
+from .comparison import marked_speedup, number_text, percent_text, remarks, replicas_text
 from .facts import Report
 from .text_of import MISSING, energy, gib, hours, number, percent, seconds_text
 
@@ -40,7 +40,7 @@ def comparison(report: Report) -> Table | None:
     for row in report.comparison.rows:
         m = row.measured
         state = "" if m.state == "COMPLETED" else f" – {m.state}"
-        cells = [replicas_text(m), number_text(m.samples_per_s), speedup_text(row.speedup)]
+        cells = [replicas_text(m), number_text(m.samples_per_s), marked_speedup(report.comparison, row)]
         cells += [percent_text(row.efficiency, 0), number_text(m.step_time_ms), number_text(m.time_to_first_step_s)]
         rows.append([f"{m.name}{state}", *cells, percent_text(m.accuracy, 1)])
     head = ["Variant", "Replicas", "Samples/s", "Speed-up", "Efficiency", "Step (ms)", "First step (s)", "Accuracy"]

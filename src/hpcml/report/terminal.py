@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import comparison
-from .advice import advice
+from .advice import REHEARSED, advice
 from .cards import cards, lead, uses
-from .causes import likely_cause
+from .causes import likely_causes
 from .facts import Report
 from .series import Series
 from .text_of import MISSING, number, percent
@@ -30,12 +30,13 @@ def text(report: Report, console: "Console") -> None:
     console.print(Text.assemble((report.name, "bold"), "  ", (outcome.state, f"bold {colour}")))
     for line in lead(report):
         console.print(Text(line, "dim"))
-    if cause := likely_cause(report):
-        _heading(console, "Likely cause")
-        console.print(Padding(Text(_sentence(cause.what), f"bold {colour}"), (0, 0, 0, 2)))
+    for number_, cause in enumerate(likely_causes(report)):
+        if number_ == 0:
+            _heading(console, "Likely cause")
+        console.print(Padding(Text(cause.sentence, f"bold {colour}"), (0, 0, 0, 2)))
         console.print(Padding(Text(cause.evidence, "dim"), (0, 0, 0, 2)))
         console.print(Padding(Text(f"what to do: {cause.fix}"), (0, 0, 0, 2)))
-    if not outcome.completed and outcome.state != "RUNNING" and report.logs:
+    if not outcome.completed and outcome.state not in comparison.ONGOING and report.logs:
         _heading(console, f"Last {len(report.logs[0].lines)} lines of {report.logs[0].path}")
         for line in report.logs[0].lines:
             console.print(Padding(Text(line), (0, 0, 0, 2)))
@@ -63,6 +64,9 @@ def text(report: Report, console: "Console") -> None:
             console.print(Padding(Text(one.evidence, "dim"), (0, 0, 0, 4)))
             for line in one.lines:
                 console.print(Padding(Text(line, "cyan"), (0, 0, 0, 4)))
+    if report.usage.rehearsal and not report.comparison and outcome.completed:
+        _heading(console, "What to ask for next time")
+        console.print(Padding(Text(REHEARSED), (0, 0, 0, 2)))
     for title, lines in (("Warnings", _warnings(report)), ("Not recorded", report.missing)):
         if lines:
             _heading(console, title)
@@ -135,7 +139,3 @@ def _heading(console: "Console", title: str) -> None:
 def _warnings(report: Report) -> tuple[str, ...]:
     told = [m.text for m in report.messages if m.level == "warning"]
     return tuple(dict.fromkeys([*(report.plan.notes if report.plan else ()), *told, *report.measured.warnings]))
-
-
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]

@@ -44,6 +44,7 @@ class Usage:
 
     Attributes:
         capped: whether the requests were upper bounds only, capped to the machine (site ``local``).
+        rehearsal: whether CPUs stood in for the GPUs that were asked for, so that nothing here tells of those.
         cores_p95: cores of a node that were busy, 95th percentile; ``cores_mean`` likewise.
         memory_peak_gib: of the node that used most.
         gpu_hours: GPUs times hours; 0 without GPUs, None while the time is unknown.
@@ -52,6 +53,7 @@ class Usage:
     """
 
     capped: bool = False
+    rehearsal: bool = False
     elapsed_s: float | None = None
     time_limit_s: int | None = None
     cores_asked: int | None = None
@@ -135,6 +137,7 @@ def usage_of(
     means = [series.mean for series in cores if series.mean is not None]
     return Usage(
         capped=local,
+        rehearsal=bool(asked) and (virtual or any(p.get("virtual_cpu_devices") for p in found.params.values())),
         elapsed_s=elapsed_s,
         time_limit_s=(plan.time_s or None) if plan else None,
         cores_asked=plan.tasks_per_node * plan.cpus_per_task if plan else None,

@@ -1,8 +1,8 @@
 """The split of step time that a profile shows, and what to do about its largest part.
 
-``python -m hpcml.tracking.profile RUN_FOLDER`` reads the newest profile of a run with xprof's converters and adds a
-record ``profile`` to the run's journal. xprof is slow to import and its converters are C++: they run in a process of
-their own, bounded in time, so that nothing of theirs reaches a training or its exit code.
+``python -m hpcml.tracking.profile RUN_FOLDER`` reads a run's newest profile, TensorFlow's by xprof's converters, torch's
+by ``torch_trace``, and adds a record ``profile`` to the run's journal. xprof is slow to import and its converters are C++:
+they run in a process of their own, bounded in time, so that nothing of theirs reaches a training or its exit code.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 from .. import rundir
 from ..errors import HpcmlError
 from ..rundir import RunDir
-from . import journal
+from . import journal, torch_trace
 
 CONVERT_S = 60  # 11 steps of a small model take 0.2 s; more is a machine that has something else to do
 NICENESS = 10
@@ -99,24 +99,29 @@ _NO_DEVICE = (
     "But the profile holds no work of a GPU at all: the profiler could not use CUPTI. Look for CUPTI in the log; its library, "
     "libcupti, comes with the CUDA toolkit and with tensorflow[and-cuda]."
 )
+_HELPS = {
+    ("tensorflow", False): _WHAT_HELPS,
+    ("tensorflow", True): _WHAT_HELPS | dict.fromkeys(("host", "device_compute"), _ON_CPU),
+    ("torch", False): torch_trace.WHAT_HELPS,
+    ("torch", True): torch_trace.WHAT_HELPS | torch_trace.WHAT_HELPS_ON_CPU,
+}
 
 
-def advise(split: Split, *, on_cpu: bool) -> str:
+def advise(split: Split, *, on_cpu: bool, framework: str = "tensorflow") -> str:
     """Return what to do about the largest part of a step, in words.
 
     Args:
         on_cpu: the training ran on CPU devices; the split then tells about this machine only.
+        framework: ``tensorflow`` or ``torch``, whose names for the remedies are used.
     """
     part, share = next(iter(split.shares.items()))
     text = f"{100 * share:.0f} % of a step is {_WORDS.get(part, part)}. "
     if not on_cpu and split.device_compute_ms + split.communication_ms == 0:
-        return text + _NO_DEVICE
-    text += _ON_CPU if on_cpu and part in ("host", "device_compute") else _WHAT_HELPS[part]
+        return text + (torch_trace.NO_DEVICE if framework == "torch" else _NO_DEVICE)
+    text += _HELPS[framework, on_cpu][part]
     if split.in_loop and part == "host":
-        text += (
-            " Waiting for data looks like host too where the graph holds a loop: with steps_per_execution > 1, profile "
-        )
-        text += "once with 1."
+        text += " Waiting for data looks like host too where the graph holds a loop: with steps_per_execution > 1, "
+        text += "profile once with 1."
     if on_cpu:
         text += " Measured on CPU devices, this tells about this machine only; on GPUs the parts are others."
     return text
@@ -126,14 +131,16 @@ def split(folder: Path) -> Split | None:
     """Split the step time of the newest profile below a folder; None where it holds no steps.
 
     Args:
-        folder: a TensorBoard log folder, or one session of it (``plugins/profile/<time>``).
+        folder: of a run's profiles, or one session of it: TensorFlow's ``plugins/profile/<time>``, torch's ``<time>``.
 
     Raises:
-        HpcmlError: xprof is not installed, or can't read the profile.
+        HpcmlError: xprof is not installed for TensorFlow's, or the profile can't be read.
     """
     files = _newest(folder)
     if not files:
         return None
+    if files[0].match(torch_trace.PATTERN):
+        return _from_means(*torch_trace.parts(files[0]))
     try:
         from xprof.convert.raw_to_tool_data import xspace_to_tool_data
     except ImportError as error:
@@ -161,9 +168,10 @@ def _convert(
 
 
 def _newest(folder: Path) -> list[Path]:
-    found = [*folder.glob("plugins/profile/*/*.xplane.pb"), *folder.glob("*.xplane.pb")]
+    patterns = ("plugins/profile/*/*.xplane.pb", "*.xplane.pb", f"*/{torch_trace.PATTERN}", torch_trace.PATTERN)
+    found = [path for pattern in patterns for path in folder.glob(pattern) if not path.name.startswith(".")]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return [] if newest is None else sorted(newest.parent.glob("*.xplane.pb"))
+    return sorted(newest.parent.glob("*.xplane.pb")) or [newest] if newest else []
 
 
 def _from_tables(tables: Iterable[Mapping[str, Any]]) -> Split | None:
@@ -178,8 +186,11 @@ def _from_tables(tables: Iterable[Mapping[str, Any]]) -> Split | None:
         for name, cell in zip(names, row["c"], strict=True):
             if name in _PARTS:
                 totals[_PARTS[name]] += float(cell["v"])
-    means: dict[str, Any] = {name: total / len(rows) for name, total in totals.items()}
-    return Split(steps=len(rows), step_ms=sum(means.values()), **means)
+    return _from_means(len(rows), {name: total / len(rows) for name, total in totals.items()})
+
+
+def _from_means(steps: int, means: dict[str, Any]) -> Split | None:
+    return Split(steps=steps, step_ms=sum(means.values()), **means) if steps else None
 
 
 def split_apart(folder: Path, timeout_s: float = CONVERT_S) -> Split | None:
@@ -228,7 +239,7 @@ def record(run: RunDir) -> Split | None:
         return None
     first, last = profiled["first"], profiled["last"]
     found = _per_step(found, (last - first + 1) / profiled["calls"])
-    advice = advise(found, on_cpu=bool(profiled.get("virtual")))
+    advice = advise(found, on_cpu=bool(profiled.get("virtual")), framework=profiled.get("framework", "tensorflow"))
     values = {"step_ms": found.step_ms, **{f"{name}_ms": getattr(found, f"{name}_ms") for name in PARTS}}
     if found.in_loop:
         del values["input_ms"]  # it is not zero, nobody knows it
@@ -244,11 +255,13 @@ def record(run: RunDir) -> Split | None:
 
 def _say_none(run: RunDir, records: list[dict[str, Any]]) -> None:
     """Tell about a profile that was asked for and never taken, unless it was told why."""
-    asked = rundir.read_json(run.plan).get("profile")
+    plan = rundir.read_json(run.plan)
+    asked = plan.get("profile")
     if not asked or any(r["kind"] == "message" and "no profile" in str(r.get("text")) for r in records):
         return
     restart = max((r["restart"] for r in records), default=0)
-    text = f"no profile of steps {asked[0]} to {asked[1]}: no fit(callbacks=run.callbacks()) came to them"
+    loop = "for batch in run.steps(loader)" if plan.get("strategy") == "ddp" else "fit(callbacks=run.callbacks())"
+    text = f"no profile of steps {asked[0]} to {asked[1]}: no {loop} came to them"
     journal.Journal(run.event_file(0, restart, "profile")).message("warning", text)
     print(f"hpcml: {text}", file=sys.stderr, flush=True)
 

@@ -37,3 +37,11 @@ def tell_epoch(journal: Journal, epoch: int, epochs: int, values: Mapping[str, A
     """Record the progress of a training, with the number that matters most among an epoch's."""
     headline = next((f" {name} {float(values[name]):.3f}" for name in _HEADLINES if name in values), "")
     journal.write("progress", done=epoch, total=epochs, unit="epoch", text=f"epoch {epoch}/{epochs}{headline}")
+
+
+def length(loader: Any) -> int | None:
+    """Return a loader's batches an epoch; None where it can't tell: a DataLoader over a stream has a length that raises."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None

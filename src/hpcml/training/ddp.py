@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import rundir
 from ..errors import HpcmlError
-from .common import Expected
+from .common import Expected, length
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def check_loader(loader: Any, global_batch: int, world: int) -> str:
     a_rank = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
     check_batch(global_batch, world, a_rank if isinstance(a_rank, int) else None)
     inner = getattr(sampler, "sampler", sampler)  # a BatchSampler holds the one that picks
-    if hasattr(loader, "__len__") and len(loader) == 0:
+    if length(loader) == 0:
         count = len(loader.dataset) if hasattr(getattr(loader, "dataset", None), "__len__") else "too few"
         raise HpcmlError(
             f"{count} samples make no whole batch on {world} rank{'s' * (world > 1)}",

@@ -23,7 +23,8 @@ class Profiler:
     Attributes:
         start: begins to record.
         stop: ends it and writes the profile; returns the folder that holds it, relative to the run's.
-        mark: encloses a call that trains, given its first step; readers of the profile find the steps by it.
+        mark: encloses a call that trains, given its first step; readers of the profile find the steps by it. It is left
+            with an exception's type where the call came to nothing.
         wait: returns when a device has computed a step's result.
     """
 
@@ -81,6 +82,8 @@ def clamp(
 class ProfiledSteps:
     """The window of one training. Call ``begin_epoch``, ``watched`` around each call that trains, ``end_epoch``.
 
+    A loop that is no function calls ``begin_call`` and ``end_call`` instead of ``watched``.
+
     A profiler that fails costs the profile, never the training.
     """
 
@@ -96,6 +99,7 @@ class ProfiledSteps:
         self._a_call = 1
         self._epoch_end: int | None = None
         self._first: int | None = None  # while the profiler runs
+        self._mark: AbstractContextManager[Any] | None = None  # while a call is in the profile
         self._calls = 0
         self._began = 0.0
         self.over = False
@@ -128,29 +132,58 @@ class ProfiledSteps:
 
     def watched(self, train: Callable[[], Any]) -> Any:
         """Call a function that trains a step (or several) and return what it returns."""
-        assert self._window is not None
-        last = self._window[1]
-        if self._rank != 0:
-            last += self._a_call  # the next call waits for rank 0, which writes its profile meanwhile
-        if self._first is not None and self._done >= last:
-            self._stop()
-        if self._first is None:
+        self.begin_call()
+        try:
             result = train()
-        else:
-            with self._profiler.mark(self._done + 1):
-                result = train()
+        except BaseException:
+            self.drop_call()
+            raise
+        self.end_call(result)
+        return result
+
+    def begin_call(self) -> None:
+        """Note that a call that trains begins; ``end_call`` must follow, or ``drop_call`` where it broke off."""
+        if self._first is not None and self._done >= self._last:
+            self._stop()
+        if self._first is not None:
+            self._mark = self._profiler.mark(self._done + 1)
+            self._mark.__enter__()
+
+    def end_call(self, result: Any) -> None:
+        """Note that a call has trained its steps, with what it returned; None where nothing needs waiting for."""
+        if self._mark is not None:
+            mark, self._mark = self._mark, None
+            mark.__exit__(None, None, None)
             self._calls += 1
         self._done += self._a_call
         if self._epoch_end is not None:
             self._done = min(self._done, self._epoch_end)
-        if self._first is not None and self._done >= last:
+        if self._first is not None and self._done >= self._last:
             self._profiler.wait(result)  # what a device has not done yet would be missing
         elif not self.over:
             self._start_if_next(result)
-        return result
+
+    def drop_call(self) -> None:
+        """Note that a call came to nothing: its steps don't count."""
+        if self._mark is not None:
+            mark, self._mark = self._mark, None
+            mark.__exit__(StopIteration, None, None)
+
+    @property
+    def running(self) -> bool:
+        """Whether the profiler runs, or on other ranks than 0 would."""
+        return self._first is not None
+
+    @property
+    def _last(self) -> int:
+        """The last step that is left out."""
+        assert self._window is not None
+        # On other ranks the next call waits for rank 0, which writes its profile meanwhile.
+        return self._window[1] + (self._a_call if self._rank else 0)
 
     def end_epoch(self) -> None:
         """Note that the training part of an epoch is over, and with it the profile where one runs."""
+        self.drop_call()
         if self._first is not None:
             self._stop()
 

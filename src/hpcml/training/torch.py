@@ -8,15 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import HpcmlError
 from ..tracking.journal import Journal
-from .common import Expected, tell_epoch
+from .common import Expected, length, tell_epoch
 from .ddp import Stop, check_batch, check_loader, check_ranks, collective_device, raise_unless_same, same_weights
 
 if TYPE_CHECKING:
     import torch
+
+    from . import torch_profile
 
 Batch = TypeVar("Batch")
 
@@ -115,12 +118,17 @@ class Training:
         rank: int,
         stop: Stop,
         logged: Callable[[], Mapping[str, Any]] = dict,
+        profile: tuple[int, int] | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Check what can be known before the first step.
 
         Args:
             began: ``time.perf_counter()`` when the run began.
             logged: returns the metrics that the notebook logged last.
+            profile: first and last step to profile on rank 0, from 1 over the whole training; moved where it lies
+                outside. Steps of a profile are left out of the speed, except where they are all of an epoch.
+            folder: for the profile; without it there is none.
 
         Raises:
             HpcmlError: this is no training by all ranks together, or the global batch can't be shared by them.
@@ -132,7 +140,13 @@ class Training:
         self._began, self._rank, self._logged = began, rank, logged
         self._step = self._epoch = 0
         self._loaders_checked = False
-        self._trained = (0, 0.0)  # steps and seconds that are not recorded yet
+        # Steps and seconds that are not recorded yet, and how much of each the speed leaves out.
+        self._trained = (0, 0.0, 0, 0.0)
+        self._profile = None
+        if profile is not None and folder is not None:
+            from . import torch_profile
+
+            self._profile = torch_profile.window(journal, profile, folder, place, rank=rank, virtual=expected.virtual)
         self.stop = stop
         self.samples_per_s: list[float] = []
         if rank == 0 and expected.virtual:
@@ -161,13 +175,17 @@ class Training:
         if not self._loaders_checked:
             self._check_loaders(loader)
         self._synchronize()
-        began, left_out_s, done = time.perf_counter(), 0.0, 0
+        began, compared_s, inside_s, done = time.perf_counter(), 0.0, 0.0, 0
+        watched = self._watched(loader)
         try:
-            for batch in loader:
+            for batch in loader if watched is None else watched:
                 yield batch
                 self._step, done = self._step + 1, done + 1
+                if watched is not None:
+                    watched.ended()
                 if self._step in CHECKED_STEPS:
-                    left_out_s += self._compare()
+                    compared_s += (took_s := self._compare())
+                    inside_s += took_s if watched is not None and watched.running else 0.0
                 if self.stop.asked():
                     if self._rank == 0:
                         self._say(
@@ -176,18 +194,33 @@ class Training:
                     break
             self._synchronize()
         finally:  # a loop that is left by break has had these steps too; epochs() records them
-            self._trained = done, time.perf_counter() - began - left_out_s
+            left_out, left_out_s = watched.end_epoch() if watched is not None else (0, 0.0)
+            trained_s = time.perf_counter() - began - compared_s
+            self._trained = done, trained_s, left_out, left_out_s - inside_s
         self._record()
+
+    def _watched(self, loader: Iterable[Batch]) -> "torch_profile.Steps[Batch] | None":
+        """Return the loader under the profile where that may begin in this epoch; else the loop stays as it is."""
+        to_come = self._epochs - max(1, self._epoch) + 1
+        if self._profile is None or not self._profile.begin_epoch(length(loader), to_come):
+            return None
+        from . import torch_profile
+
+        return torch_profile.Steps(loader, self._profile)
 
     def _record(self) -> None:
         """Keep the speed of the steps since the last time; the first epoch holds the warm-up."""
-        (steps, trained_s), self._trained = self._trained, (0, 0.0)
+        (steps, trained_s, left_out, left_out_s), self._trained = self._trained, (0, 0.0, 0, 0.0)
         if not steps or trained_s <= 0:
             return
+        values = {"epoch_time_s": trained_s}
+        if left_out:
+            values["profiled_steps"] = left_out
+            if left_out < steps:
+                steps, trained_s = steps - left_out, trained_s - left_out_s
         speed = steps * self._global_batch / trained_s
         self.samples_per_s.append(speed)
-        values = {"epoch_time_s": trained_s, "samples_per_s": speed, "step_time_ms": 1000 * trained_s / steps}
-        self._journal.metric(self._epoch, values)
+        self._journal.metric(self._epoch, {**values, "samples_per_s": speed, "step_time_ms": 1000 * trained_s / steps})
 
     def _compare(self) -> float:
         """Compare the ranks' weights; returns the seconds that it took."""
@@ -215,7 +248,8 @@ class Training:
         if warning and self._rank == 0:
             self._say("warning", warning)
         if dist.is_initialized():
-            mine = torch.tensor([len(loader) if hasattr(loader, "__len__") else -1], device=collective_device())
+            steps = length(loader)
+            mine = torch.tensor([-1 if steps is None else steps], device=collective_device())
             found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(found, mine)
             counts = [int(one.item()) for one in found]

@@ -1,0 +1,115 @@
+"""Which of several ranks that failed is named, by what each of them left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcml.node import batch, bootstrap, devices, ending, threads, topology
+from hpcml.node import beside as beside_the_work
+from hpcml.rundir import RunDir
+
+GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:5110"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Three tasks."""
+    made = RunDir(tmp_path, "20260101-000000-a").make()
+    made.plan.write_text(json.dumps({"work": "script", "target": ["a.py"], "nodes": 3, "tasks_per_node": 1}))
+    return made
+
+
+def rank(number: int, code: int, ended: float, reason: str = "") -> dict[str, Any]:
+    return {"rank": number, "exit_code": code, "ended": ended, "reason": reason, "restart": 0, "started": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "srun", "cleared", "named"),
+    [
+        pytest.param([rank(0, 1, 5.0), rank(1, 3, 4.0), rank(2, 143, 7.0)], 3, 6.0, 1, id="the first in time"),
+        pytest.param([rank(0, 1, 4.0, GONE), rank(1, 137, 5.0)], 137, None, 1, id="not who lost its peer"),
+        pytest.param([rank(0, 1, 4.0, GONE), rank(1, 143, 7.0)], 1, 6.0, 0, id="nor who was cleared away"),
+        pytest.param([rank(0, 1, 4.0, GONE), rank(2, 143, 7.0)], 137, 6.0, 1, id="a worker was killed"),
+        pytest.param(
+            [rank(0, 143, 7.0), rank(1, 143, 7.0)], 137, 6.0, 2, id="a worker was killed, nobody else noticed"
+        ),
+        pytest.param(
+            [rank(0, 1, 4.0, "ValueError: no"), rank(1, 143, 7.0)], 137, 6.0, 0, id="a deaf one was killed last"
+        ),
+        pytest.param([rank(0, 1, 4.0, GONE)], 1, None, 0, id="nobody was killed"),
+        pytest.param([rank(0, 0, 4.0), rank(1, 0, 4.0), rank(2, 0, 5.0)], 0, None, None, id="all is well"),
+    ],
+)
+def test_the_cause_is_named(
+    run: RunDir, ranks: list[dict[str, Any]], srun: int, cleared: float | None, named: int | None
+) -> None:
+    for one in ranks:
+        run.status_of(one["rank"]).write_text(json.dumps(one))
+    if cleared is not None:
+        run.stop.write_text(json.dumps({"signal": "SIGTERM", "time": cleared, "restart": 0}))
+    marker = batch.close_run(run, srun)
+    assert marker["failed_rank"] == named
+    assert marker["signal"] is None, "the ranks ended by themselves first"
+
+
+def test_what_term_killed_before_the_time_was_noted_was_cleared_away(run: RunDir) -> None:
+    run.status_of(0).write_text(json.dumps(rank(0, 143, 5.99, "killed by SIGTERM")))
+    run.stop.write_text(json.dumps({"signal": "SIGTERM", "time": 6.0, "restart": 0}))
+    marker = batch.close_run(run, 143)
+    assert (marker["signal"], marker["final"]) == ("SIGTERM", False), "Slurm knows whether it was the time limit"
+
+
+@pytest.mark.parametrize("code", [137, 143])
+def test_a_cancelled_job_names_no_rank_that_left_nothing(run: RunDir, code: int) -> None:
+    """KILL follows TERM after KillWait: a rank that was slow to end has left no marker."""
+    run.status_of(0).write_text(json.dumps(rank(0, 143, 7.0, "killed by SIGTERM")))
+    run.stop.write_text(json.dumps({"signal": "SIGTERM", "time": 6.0, "restart": 0}))
+    marker = batch.close_run(run, code, "TERM")
+    assert (marker["failed_rank"], marker["signal"], marker["final"]) == (0, "TERM", False)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        GONE,
+        "Read error [10.0.0.2]:5110: Connection reset by peer",
+        "DistBackendError: NCCL error: remote process exited or there was a network error, NCCL version 2.27",
+        "UnavailableError: Collective ops is aborted by: failed to connect to all addresses",
+        "torch.distributed.DistNetworkError: failed to recv, got 0 bytes",
+    ],
+)
+def test_what_a_rank_says_that_lost_its_peer(said: str) -> None:
+    assert ending.lost_its_peer(said)
+    assert not ending.lost_its_peer("ValueError: the batch is empty")
+
+
+def test_the_last_words_are_a_signal_an_exception_or_a_line(tmp_path: Path) -> None:
+    log = tmp_path / "out.0.txt"
+    log.write_text("epoch 1\nTraceback (most recent call last):\nlib.errors.BadError: no\nbye\n")
+    assert ending.last_words(log, 1) == "BadError: no"
+    assert ending.last_words(log, 128 + signal.SIGKILL).startswith("killed by SIGKILL")
+    log.write_text("[rank1]: Traceback (most recent call last):\n[rank1]: torch.distributed.DistError: no\nbye\n")
+    assert ending.last_words(log, 1) == "DistError: no", "torch puts the rank before each line"
+    log.write_text(f"terminate called after throwing an instance of 'std::runtime_error'\n  what(): {GONE}\nframe 0\n")
+    assert ending.lost_its_peer(ending.last_words(log, 128 + signal.SIGABRT)), "it is not the first of the dead"
+    log.write_text("hpcml: rank 0 of 1\nbye\n")
+    assert ending.last_words(log, 3) == "exit code 3; its last line: bye"
+
+
+@pytest.mark.parametrize("hurried", [True, False])
+def test_others_do_not_wait_for_a_delivery(run: RunDir, hurried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a failed rank's worker lives, srun clears nobody away."""
+    waited: list[float] = []
+    monkeypatch.setattr(beside_the_work.follow, "in_job", lambda run: None)
+    monkeypatch.setattr(beside_the_work.follow, "finish", lambda child, limit_s: waited.append(limit_s))
+    monkeypatch.setattr(beside_the_work, "watch", lambda *_: None)
+    ready = bootstrap.Bootstrap(topology.Topology(), devices.Devices(), threads.Threads(1, "", {}, {}), {})
+    with beside_the_work.beside(run, ready, {}, 0) as hurry:
+        if hurried:
+            hurry.set()
+    assert (waited[0] < 10) is hurried
