@@ -5,6 +5,7 @@ In a git checkout it holds the files that git tracks and the untracked ones that
 folders and environments. Files over ``LARGEST_BYTES`` are linked, not copied.
 """
 
+import itertools
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ from .job import Scalar
 LARGEST_BYTES = 10 * 2**20
 # Beyond this a folder is hardly a project: somebody submits from $HOME.
 MOST_FILES = 20_000
+_BLOCK = 2**20
 _SKIPPED = frozenset(["__pycache__", "node_modules", "mlartifacts", "mlruns"])
 
 
@@ -45,21 +47,18 @@ def take(project: Path, target: Path, *, skip: Path | None = None, work: str | N
     names = _walk(project, skip) if not listed else _with_checkouts(project, listed, skip)
     if work:
         _copy(project, work, target, made, largest=float("inf"))
-    count = 0
-    for name in names:
-        source = project / name
-        if skip and (source == skip or skip in source.parents):
-            continue
-        count += 1
-        if count > MOST_FILES:
-            raise HpcmlError(
-                f"{project} holds more than {MOST_FILES} files; a snapshot of it is no use",
-                fix="work in a project folder of its own (git init), or set HPCML_PROJECT to it",
-            )
+    below = f"{os.path.relpath(skip, project)}/" if skip else "/"
+    wanted = list(itertools.islice((n for n in names if not f"{n}/".startswith(below)), MOST_FILES + 1))
+    if len(wanted) > MOST_FILES:
+        raise HpcmlError(
+            f"{project} holds more than {MOST_FILES} files; a snapshot of it is no use",
+            fix="work in a project folder of its own (git init), or set HPCML_PROJECT to it",
+        )
+    for name in wanted:
         _copy(project, name, target, made)
     if listed:
         _link_ignored(project, target, skip, ignored or [])
-    return count
+    return len(wanted)
 
 
 def inject(script: Path, params: Mapping[str, Scalar]) -> None:
@@ -143,12 +142,7 @@ def _copy(project: Path, name: str, folder: Path, made: set[str], largest: float
         if stat.S_ISLNK(info.st_mode) and os.path.exists(source):
             info = os.stat(source)
         if stat.S_ISREG(info.st_mode) and info.st_size <= largest:
-            with open(source, "rb", buffering=0) as file:
-                content = file.read()
-            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, info.st_mode & 0o700)
-            with open(descriptor, "wb") as copy:
-                copy.write(content)
-            os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
+            _copy_content(source, target, info)
         elif stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode):
             os.symlink(os.path.abspath(source), target)
     except OSError as error:
@@ -156,6 +150,21 @@ def _copy(project: Path, name: str, folder: Path, made: set[str], largest: float
             return  # here already
         fix = "make it readable, free space, or let git ignore it"
         raise HpcmlError(f"{source} can't be copied to {target}: {error.strerror}", fix=fix) from None
+
+
+def _copy_content(source: str, target: str, info: os.stat_result) -> None:
+    reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, info.st_mode & 0o700)
+        try:
+            while content := os.read(reading, _BLOCK):
+                while content:
+                    content = content[os.write(writing, content) :]
+            os.utime(writing, ns=(info.st_atime_ns, info.st_mtime_ns))
+        finally:
+            os.close(writing)
+    finally:
+        os.close(reading)
 
 
 def _stays_inside(project: Path, source: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import facts, job, plan, rundir, site, snapshot
 from ..errors import HpcmlError
 from ..rundir import RunDir
-from ..tracking import follow, provenance
+from ..tracking import provenance
 from . import ending
 
 # The last delivery of a job that delivers itself: the end marker and the files. What is late stays for `hpcml sync`.
@@ -143,6 +143,8 @@ def main() -> int:
             return 0
         run = current_run()
         close_run(run, asked.exit_code, asked.signal or None)
+        from ..tracking import follow  # a submit has no use for it
+
         if delivery := follow.in_job(run):
             _report(run)
             follow.finish(delivery, FINAL_DELIVERY_S)

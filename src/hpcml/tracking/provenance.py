@@ -181,7 +181,9 @@ def lock_of(project: Path, prefix: Path, packages: Mapping[str, str]) -> Path | 
 def _agreeing(text: str, packages: Mapping[str, str]) -> int:
     """How many pins of a lock are installed so; 0 where one contradicts what is installed."""
     pins: dict[str, tuple[set[str], bool]] = {}
-    for match in (*_PIN.finditer(text), *_LOCKED.finditer(text)):
+    lines = "\n".join(line for line in text.split("\n") if line[:1].isalnum())  # most of a lock is hashes
+    locked = _LOCKED.finditer(text) if "[[package" in text else ()
+    for match in (*_PIN.finditer(lines), *locked):
         versions, needed = pins.setdefault(_normal(match["name"]), (set(), match.re is _PIN and not match["marker"]))
         versions.add(match["version"])
         pins[_normal(match["name"])] = versions, needed and match.re is _PIN and not match["marker"]
