@@ -376,7 +376,7 @@ def test_a_run_directory_holds_it_all_and_params_are_flat(repo: Path, tmp_path: 
     python = environment(tmp_path / "env", {"tensorflow": "2.21.0", "leftpad": "1"})
     run = RunDir(tmp_path / "runs", "r").make()
 
-    provenance.record(run, a_plan(repo, env={"python": python}))
+    provenance.begin(run, a_plan(repo, env={"python": python}))()
 
     assert (run.path / "packages.txt").read_text() == "leftpad==1\ntensorflow==2.21.0\n"
     assert b"+edited" in (run.path / "code.patch").read_bytes()
@@ -396,7 +396,7 @@ def test_a_run_directory_holds_it_all_and_params_are_flat(repo: Path, tmp_path: 
 
 def test_a_run_starts_without_provenance_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path, "r")  # not made: nothing can be written
-    provenance.record(run, a_plan(tmp_path))
+    provenance.begin(run, a_plan(tmp_path))()
     assert "provenance is not recorded" in capsys.readouterr().err
     assert provenance.params(run) == {}
 

@@ -71,7 +71,7 @@ def begin(strategy: str | None, restart: int, begun: int) -> Session:
 def _found(run: RunDir, decided: Plan) -> None:
     """Write what launchers write of their runs."""
     rundir.write_json(run.plan, decided.to_json())
-    provenance.record(run, decided)
+    provenance.begin(run, decided)()
     rundir.claim(run)
     if os.environ.get("SLURM_JOB_ID"):
         submitted = {"slurm_job_id": int(os.environ["SLURM_JOB_ID"]), "submitted": time.time()}

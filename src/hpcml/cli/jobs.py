@@ -1,8 +1,10 @@
 """Commands about a job: init, check, render, run, submit."""
 
+import importlib
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,9 +161,11 @@ def submit_command(
     dry_run: bool,
 ) -> int:
     """Queue a job; prints run and job id."""
+    # Slurm's answer takes as long as importing these: both at once.
+    threading.Thread(target=importlib.import_module, args=("hpcml.launch.slurm",), daemon=True).start()
+    ready = prepare(job, site, dict(params), dict(settings))
     from ..launch import sbatch, slurm
 
-    ready = prepare(job, site, dict(params), dict(settings))
     script = sbatch.render(ready.plan, ready.site, ready.overrides)
     if dry_run:
         click.echo(script, nl=False)

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -47,9 +46,7 @@ def open_run(
 def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) -> None:
     """Fill a new run directory: the code's snapshot with its parameters, the plan last."""
     project = Path(decided.project)
-    # git and the snapshot each wait for the file system: side by side they take the time of one.
-    origins = threading.Thread(target=provenance.record, args=(run, decided))
-    origins.start()
+    record_origins = provenance.begin(run, decided)  # git works while the files are copied
     try:
         if decided.work != "function":
             work = decided.target[0] if decided.work in ("notebook", "script") else None
@@ -58,8 +55,8 @@ def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) ->
                 snapshot.inject(run.code / decided.target[0], decided.params)
         if slurm_job_id is not None:
             rundir.write_json(run.submitted, {"slurm_job_id": slurm_job_id, "submitted": time.time()})
-    finally:  # whoever removes a run that could not be filled must be the last to write there
-        origins.join()
+    finally:
+        record_origins()
     rundir.write_json(run.plan, decided.to_json())
 
 

@@ -4,19 +4,20 @@ Collected on the person's side when a run is made, in milliseconds and without s
 packages are read from the names of the metadata folders in its site-packages (PEP 376, "The .dist-info directory").
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..plan import Plan
 from ..rundir import RunDir, read_json, write_bytes, write_json
-from .revision import Revision, look
+from .revision import Revision, ask
 
 # What people compare runs by; packages.txt has all of them.
 NOTABLE = (
@@ -56,19 +57,21 @@ class Provenance:
     data: Mapping[str, str]
 
 
-def collect(project: Path, python: str | None = None) -> Provenance:
+def collect(project: Path, python: str | None = None, code: Callable[[], Revision] | None = None) -> Provenance:
     """Return where a run of this project comes from; never raises for what it can't read.
 
     Args:
         project: the project's folder, in a git checkout or not.
         python: the interpreter that runs the work; by default the one that runs this.
+        code: from ``revision.ask``, where git was asked before.
     """
+    code = code or ask(project)
     packages = installed(python)
     lines = "".join(f"{name}=={version}\n" for name, version in sorted(packages.items()))
     found = lock_of(project, _prefix(python), packages)
     lock = hashlib.sha256(found.read_bytes() if found else lines.encode()).hexdigest() if found or packages else ""
     name = "" if found is None else str(found.relative_to(project) if project in found.parents else found)
-    return Provenance(look(project), python or sys.executable, _version(python), packages, lock, name, _data(project))
+    return Provenance(code(), python or sys.executable, _version(python), packages, lock, name, _data(project))
 
 
 def write(run: RunDir, found: Provenance) -> None:
@@ -83,12 +86,23 @@ def write(run: RunDir, found: Provenance) -> None:
         write_bytes(run.patch, found.code.patch)
 
 
-def record(run: RunDir, plan: Plan) -> None:
-    """Collect and write; a run is never kept from starting by what can't be found out."""
-    try:
-        write(run, collect(Path(plan.project), python_of(plan)))
-    except Exception as error:
-        print(f"hpcml: warning: provenance is not recorded: {error}", file=sys.stderr)
+def begin(run: RunDir, plan: Plan) -> Callable[[], None]:
+    """Let git work on its part and return what collects and writes it all.
+
+    A run is never kept from starting by what can't be found out.
+    """
+    project = Path(plan.project)
+    code: Callable[[], Revision] | None = None
+    with contextlib.suppress(OSError):  # asked again below, and said
+        code = ask(project)
+
+    def record() -> None:
+        try:
+            write(run, collect(project, python_of(plan), code))
+        except Exception as error:
+            print(f"hpcml: warning: provenance is not recorded: {error}", file=sys.stderr)
+
+    return record
 
 
 def params(run: RunDir) -> dict[str, str]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,15 +60,24 @@ class Revision:
 
 def look(project: Path) -> Revision:
     """Return what git knows of a project; never raises for what git says. Untouched: the index, and all files."""
+    return ask(project)()
+
+
+def ask(project: Path) -> Callable[[], Revision]:
+    """Put the questions of ``look`` to git; it works on them until the function that this returns is called."""
     if not shutil.which("git"):
-        return Revision(note="git is not installed")
+        return lambda: Revision(note="git is not installed")
     top = next((path for path in (project, *project.parents) if (path / ".git").exists()), None)
     if top is None:
-        return Revision(note="not a git checkout")
+        return lambda: Revision(note="not a git checkout")
     git = _Git(project, top)
     status = git.start("status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all", "--", ".")
     tracked = git.start("ls-files", "--error-unmatch", "--", ".")
     remotes = git.start("config", "--get-regexp", r"^remote\..*\.url$")
+    return lambda: _answered(git, top, status, tracked, remotes)
+
+
+def _answered(git: "_Git", top: Path, status: "_Asked", tracked: "_Asked", remotes: "_Asked") -> Revision:
     code, listed = git.answer(status)
     _, any_tracked = git.answer(tracked, most=1)
     _, urls = git.answer(remotes)
@@ -79,6 +89,9 @@ def look(project: Path) -> Revision:
     patch, left_out = _patch(git, top, seen) if seen.revision else (b"", ("all files: nothing is committed yet",))
     dirty = bool(seen.changed or seen.untracked)
     return Revision(seen.revision, seen.branch, dirty, _remote(os.fsdecode(urls)), patch, left_out)
+
+
+_Asked = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -104,13 +117,13 @@ class _Git:
             # the project that belongs to a third person stays refused, as git means it.
             self.settings += ["-c", f"safe.directory={top.resolve()}"]
 
-    def start(self, *words: str, index: str | None = None) -> "subprocess.Popen[bytes]":
+    def start(self, *words: str, index: str | None = None) -> "_Asked":
         environment = self.environment | ({"GIT_INDEX_FILE": index} if index else {})
         command = ["git", "-C", str(self.project), *self.settings, *words]
         pipe, none = subprocess.PIPE, subprocess.DEVNULL
         return subprocess.Popen(command, env=environment, stdin=none, stdout=pipe, stderr=none)
 
-    def answer(self, process: "subprocess.Popen[bytes]", most: int | None = None) -> tuple[int | None, bytes]:
+    def answer(self, process: "_Asked", most: int | None = None) -> tuple[int | None, bytes]:
         """Return exit code and output; the code is None where it took too long, or said more than ``most`` bytes."""
         import threading
 
@@ -159,8 +172,6 @@ def _parse(listed: bytes) -> _Status:
 
 def _patch(git: _Git, top: Path, seen: _Status) -> tuple[bytes, tuple[str, ...]]:
     """Return the edits of tracked files, and of untracked ones that are small and not private, file by file."""
-    import tempfile  # these milliseconds are spent only where there are edits
-
     left_out = list[str]()
 
     def size(name: str) -> int:
@@ -175,6 +186,8 @@ def _patch(git: _Git, top: Path, seen: _Status) -> tuple[bytes, tuple[str, ...]]
     new = [name for name in new if not _PRIVATE.search(name)]
     if not new and not seen.changed:
         return b"", tuple(left_out)
+    import tempfile  # these milliseconds are spent only where there are edits
+
     within = [":/" if top == git.project else ".", *(f":(top,exclude,literal){name}" for name in large)]
     with tempfile.TemporaryDirectory(prefix="hpcml-") as scratch:
         index = _index_with(git, new, Path(scratch)) if new else None
