@@ -51,6 +51,17 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return refuse_required((yield))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what stays in one process where there are several: a file, and all that is about real clusters.
+
+    Clusters take seconds to start, and their tests look at what is left behind on the machine.
+    """
+    for item in items:
+        group = "slurm" if item.path.parent.name == "slurm" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """List what was skipped: each reason once, with the files and the number of tests."""
     skipped: defaultdict[str, list[str]] = defaultdict(list)
