@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,13 @@ import pytest
 from conftest import SCRIPT, Cluster, devcluster, skip_without_slurm, user_env
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: sockets' paths have 108 letters, and pytest's folders long names where it has several processes."""
+    with tempfile.TemporaryDirectory(prefix="hpcml-") as name:
+        yield Path(name)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -253,7 +261,8 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
 
 
 def test_shell_gives_the_environment_and_passes_the_exit_status(cluster: Cluster, tmp_path: Path) -> None:
-    env = {**os.environ, "HPCML_DEVCLUSTER": str(cluster.directory.parent), "SLURM_JOB_ID": "7", "SBATCH_DEBUG": "1"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HPCML_TEST_")}
+    env = {**own, "HPCML_DEVCLUSTER": str(cluster.directory.parent), "SLURM_JOB_ID": "7", "SBATCH_DEBUG": "1"}
     script = 'env | grep -E "^(SLURM|SBATCH|HPCML)" | sort; pwd; exit 5'
     argv = [SCRIPT, "shell", "--name", cluster.name, "--", "bash", "-c", script]
     shell = subprocess.run(argv, env=env, cwd=tmp_path, text=True, capture_output=True)
