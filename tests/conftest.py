@@ -6,7 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Generator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -51,15 +51,20 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return refuse_required((yield))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Say what stays in one process where there are several: a file, and all that is about real clusters.
 
     Clusters take seconds to start, and their tests look at what is left behind on the machine.
     """
-    for item in items:
-        group = "slurm" if item.path.parent.name == "slurm" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "slurm" if "/slurm/" in file else file
+
+    return Together(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -490,7 +490,7 @@ def test_a_plot_that_cannot_be_written_says_where(variant: Variant, tmp_path: Pa
 
 def test_without_matplotlib_the_extra_is_named(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = three(variant)
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(HpcmlError, match=r"hpcml\[tensorflow\]"):
         figure(compared)

@@ -206,6 +206,11 @@ def test_neighbouring_jobs_and_steps_share_no_port(first: int, counts: list[int]
     assert min(set().union(*apart)) >= FIRST_PORT and max(set().union(*apart)) <= LAST_PORT
 
 
+def test_equal_jobs_of_two_clusters_on_one_host_share_no_port() -> None:
+    one, other = (ports(step(0, [2]) | {"SLURM_CLUSTER_NAME": name}) for name in ("devone", "devother"))
+    assert not one & other
+
+
 def test_a_step_of_slurms_own_has_ports_too() -> None:
     assert max(ports(INTERACTIVE)) <= LAST_PORT
 

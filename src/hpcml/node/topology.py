@@ -118,7 +118,9 @@ def addresses(
 
 
 def first_port(topology: Topology, environment: Mapping[str, str]) -> int:
-    """Return rank 0's port; rank r has this plus r. ``HPCML_PORT`` wins, else it follows from the job and step ids.
+    """Return rank 0's port; rank r has this plus r.
+
+    ``HPCML_PORT`` wins, else it follows from the cluster's name and the job and step ids: two clusters may share a host.
 
     Raises:
         HpcmlError: ``HPCML_PORT`` is no port that leaves room for all ranks.
@@ -126,7 +128,8 @@ def first_port(topology: Topology, environment: Mapping[str, str]) -> int:
     wanted = wanted_port(topology.world, environment)
     if wanted is not None:
         return wanted
-    job = int(environment.get("SLURM_JOB_ID", "0") or 0) or _starter_number(environment)
+    job = int(environment.get("SLURM_JOB_ID", "0") or 0)
+    job = job + zlib.crc32(environment.get("SLURM_CLUSTER_NAME", "").encode()) if job else _starter_number(environment)
     step = int(environment.get("SLURM_STEP_ID", "0") or 0)
     # Slurm's special steps (batch, interactive, extern) have ids near 2**32.
     step = step if step < 2**31 else 0
