@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "hpcml"
 # Shared by all rooms, on the standard library alone. journal is the file format of a run's events.
 LEAF = {
-    *("errors", "job", "site", "facts", "plan", "rundir", "snapshot", "slurm"),
+    *("errors", "job", "site", "facts", "plan", "interpreter", "rundir", "snapshot", "slurm"),
     *("tracking.journal", "tracking.provenance", "tracking.revision"),
 }
 FRAMEWORKS = {

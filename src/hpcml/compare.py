@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import rundir
 from .errors import HpcmlError
+from .interpreter import need_python
 from .launch import local
 from .launch import slurm as launch_slurm
 from .node import batch
@@ -59,7 +60,7 @@ def parent_of(plans: Sequence[Plan]) -> Plan:
 def start_here(parent: Plan, plans: Sequence[Plan], site: Site) -> RunDir:
     """Make the run directories of a comparison that runs here."""
     for plan in plans:
-        local.python_of(plan)
+        need_python(plan)
     run = rundir.create(rundir.runs_root(site, Path(parent.project)), parent.name)
     try:
         rundir.write_json(run.plan, parent.to_json())

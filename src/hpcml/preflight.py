@@ -14,9 +14,10 @@ from . import rundir
 from . import site as sites
 from .errors import HpcmlError, ServiceSilent
 from .facts import count_gpus, has_queue_here
+from .interpreter import python_of
 from .job import clock, project_of
 from .launch import sbatch
-from .launch.prepare import Prepared, python_of, remedy
+from .launch.prepare import Prepared, remedy
 from .plan import Plan
 from .slurm import commands, text
 

@@ -8,22 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
 import pytest
+from calls import HPCML, call, marker, only_run, until
 
 if TYPE_CHECKING:
     from conftest import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VARIANTS = {"mnist-original": 1, "mnist-mirrored": 2, "mnist-multiworker": 2}
-HPCML = [sys.executable, "-m", "hpcml"]
-# A notebook of this size takes half a minute on two idle cores.
-LIMIT_S = 400
 
 
 @pytest.fixture
@@ -36,34 +32,12 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def call(cluster: Cluster, project: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    env = {**cluster.env, "HPCML_PYTHON": sys.executable, "HPCML_RUNS": str(project / "runs"), **more}
-    return cluster.run(*words, env=env, cwd=project, timeout=LIMIT_S)
-
-
-def only_run(project: Path) -> Path:
-    (run,) = [p.parent for p in (project / "runs").glob("*/plan.json")]
-    return run
-
-
-def marker(run: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((run / "status.json").read_text())
-    return value
-
-
 def metrics(run: Path) -> dict[str, float]:
     values: dict[str, float] = {}
     for line in (run / "events" / "0.0.rank.jsonl").read_text().splitlines():
         record = json.loads(line)
         values |= record["values"] if record["kind"] == "metric" else {}
     return values
-
-
-def until(condition: Callable[[], bool], what: str, limit_s: float = 120) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

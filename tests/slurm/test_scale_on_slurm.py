@@ -6,23 +6,20 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import numpy as np
 import pytest
+from calls import HPCML, LIMIT_S, call, logs, only_run, until
 from conftest import Cluster, session_cluster, skip_without_slurm
 
 from hpcml.tracking import journal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HPCML = [sys.executable, "-m", "hpcml"]
-LIMIT_S = 300
 # What a job may take to end after one of its ranks has died.
 END_S = 30
 
@@ -41,27 +38,6 @@ def project(tmp_path: Path) -> Path:
     (folder / "jobs").mkdir(parents=True)
     (folder / "pyproject.toml").touch()
     return folder
-
-
-def call(cluster: Cluster, project: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    env = {**cluster.env, "HPCML_PYTHON": sys.executable, "HPCML_RUNS": str(project / "runs"), **more}
-    return cluster.run(*words, env=env, cwd=project, timeout=LIMIT_S)
-
-
-def only_run(project: Path) -> Path:
-    (run,) = [path.parent for path in (project / "runs").glob("*/plan.json")]
-    return run
-
-
-def logs(run: Path) -> str:
-    return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted((run / "logs").glob("*")))
-
-
-def until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
-        time.sleep(0.05)
 
 
 def submitted(cluster: Cluster, project: Path, file: str, **resources: int) -> Path:

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from .. import rundir
-from ..errors import HpcmlError
+from ..interpreter import need_python, python_of
 from ..node import batch, bootstrap, topology
 from ..plan import Plan
 from ..rundir import RunDir
@@ -30,7 +29,7 @@ def make(plan: Plan, root: Path) -> RunDir:
     Raises:
         HpcmlError: its Python is not there, or the project can't be copied.
     """
-    python_of(plan)
+    need_python(plan)
     run_dir = rundir.create(root, plan.name)
     try:
         batch.prepare(run_dir, plan)
@@ -134,22 +133,6 @@ def _job_variables() -> dict[str, str]:
         "SLURM_NNODES",
     )
     return {name: os.environ[name] for name in kept if name in os.environ}
-
-
-def python_of(plan: Plan) -> str:
-    """Return the Python that runs the work: ``$HPCML_PYTHON``, the job's, else the one that runs hpcml here.
-
-    Raises:
-        HpcmlError: it is not there.
-    """
-    forced = os.environ.get("HPCML_PYTHON", "")
-    wanted = forced or (os.path.expandvars(plan.env.python) if plan.env.python else "")
-    python = str(Path(plan.project, wanted)) if "/" in wanted else wanted or sys.executable
-    if not shutil.which(python):
-        own = plan.origins.get("env.python") or plan.origins.get("env.name") or "[env]"
-        fix = "unset it, or name a Python that has hpcml" if forced else "make that environment, or name another"
-        raise HpcmlError(f"no Python at {python}", origin="HPCML_PYTHON" if forced else f"env.python ({own})", fix=fix)
-    return python
 
 
 def _end(workers: list[subprocess.Popen[bytes]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import facts, job, plan
 from .. import site as sites
 from ..errors import HpcmlError
+from ..interpreter import python_of
 from ..node import devices, topology
 from ..plan import Plan
 from ..slurm import commands
@@ -76,16 +77,6 @@ def needs_framework(plan: Plan) -> None:
             origin=plan.origins.get("strategy", ""),
             fix=remedy(missing),
         )
-
-
-def python_of(plan: Plan) -> str:
-    """Return the Python that the node will take, as far as it can be seen from here."""
-    venv = os.environ.get("VIRTUAL_ENV")
-    own = os.path.expandvars(plan.env.python) if plan.env.python else None
-    if plan.scheduler == "local":
-        return os.environ.get("HPCML_PYTHON") or own or sys.executable
-    candidates = (os.environ.get("HPCML_PYTHON"), own, f"{venv}/bin/python" if venv else None)
-    return next((c for c in candidates if c), f"{plan.project}/.venv/bin/python")
 
 
 def remedy(missing: Sequence[str]) -> str:

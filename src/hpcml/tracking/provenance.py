@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..interpreter import python_of
 from ..plan import Plan
 from ..rundir import RunDir, read_json, write_bytes, write_json
 from .revision import Revision, ask
@@ -98,7 +99,7 @@ def begin(run: RunDir, plan: Plan) -> Callable[[], None]:
 
     def record() -> None:
         try:
-            write(run, collect(project, python_of(plan), code))
+            write(run, collect(project, shutil.which(python_of(plan)) or python_of(plan), code))
         except Exception as error:
             print(f"hpcml: warning: provenance is not recorded: {error}", file=sys.stderr)
 
@@ -144,19 +145,6 @@ def node_facts(environment: Mapping[str, str], gpus: Sequence[str] = ()) -> dict
     for place, gpu in enumerate(_chosen(_gpus(), environment, gpus)):
         facts |= {f"gpu.{place}.name": gpu["name"], f"gpu.{place}.uuid": gpu["uuid"]}
     return {name: value for name, value in facts.items() if value}
-
-
-def python_of(plan: Plan) -> str | None:
-    """Return the Python that the work will run in, as the batch script chooses it; None for the one that runs this."""
-    candidates = [os.environ.get("HPCML_PYTHON"), plan.env.python and os.path.expandvars(plan.env.python)]
-    if plan.scheduler != "local" and not os.environ.get("SLURM_JOB_ID"):  # else it runs this, or is decided by it
-        venv = os.environ.get("VIRTUAL_ENV")
-        candidates += [f"{venv}/bin/python" if venv else None, f"{plan.project}/.venv/bin/python"]
-    for candidate in filter(None, candidates):
-        path = str(Path(plan.project, candidate)) if "/" in candidate else shutil.which(candidate)
-        if path and os.path.exists(path):
-            return path
-    return None
 
 
 def installed(python: str | None = None) -> dict[str, str]:
