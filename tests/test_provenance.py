@@ -8,12 +8,14 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import hpcml
 from hpcml import job, plan, site
 from hpcml.rundir import RunDir, read_json
-from hpcml.tracking import provenance, revision
+from hpcml.tracking import installed, provenance, revision
 
 git_only = pytest.mark.skipif(not shutil.which("git"), reason="git: not installed")
 
@@ -286,13 +288,27 @@ def environment(folder: Path, packages: dict[str, str], **options: bool) -> str:
     return str(folder / "bin" / "python")
 
 
+def look(python: str, project: Path) -> dict[str, Any]:
+    """What an environment's own Python tells of itself."""
+    code = (
+        "import json, sys; sys.path.append(sys.argv[2]); from pathlib import Path\n"
+        "from hpcml.tracking import installed\n"
+        "print(json.dumps(vars(installed.look(Path(sys.argv[1])))))"
+    )
+    source = str(Path(hpcml.__file__).parents[1])
+    done = subprocess.run([python, "-I", "-c", code, project, source], check=True, capture_output=True, text=True)
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
 def test_packages_are_what_the_interpreter_itself_reports(tmp_path: Path) -> None:
     python = environment(tmp_path / "env", {"Tensor_Flow.x": "2.21.0", "numpy": "2.4.6+local.1", "pkg": "2026.1.post1"})
     code = "import importlib.metadata as m; print('\\n'.join(f'{d.name}=={d.version}' for d in m.distributions()))"
     told = subprocess.run([python, "-I", "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
     assert sorted(told) == ["Tensor_Flow.x==2.21.0", "numpy==2.4.6+local.1", "pkg==2026.1.post1"]
-    assert provenance.installed(python) == {"tensor-flow-x": "2.21.0", "numpy": "2.4.6+local.1", "pkg": "2026.1.post1"}
-    assert provenance.collect(tmp_path, python).python_version == sys.version.split()[0]
+    found = look(python, tmp_path)
+    assert found["packages"] == {"tensor-flow-x": "2.21.0", "numpy": "2.4.6+local.1", "pkg": "2026.1.post1"}
+    assert (found["python"], found["python_version"]) == (python, sys.version.split()[0])
 
 
 def test_this_interpreters_own_packages_are_all_there() -> None:
@@ -300,17 +316,7 @@ def test_this_interpreters_own_packages_are_all_there() -> None:
 
     names = (found.name for found in metadata.distributions() if found.name)
     wanted = {name.lower().replace("_", "-").replace(".", "-"): metadata.version(name) for name in names}
-    assert provenance.installed() == wanted
-
-
-def test_system_packages_count_where_the_environment_sees_them(tmp_path: Path) -> None:
-    base = environment(tmp_path / "base", {"torch": "2.13.0", "numpy": "1.0"})
-    python = environment(tmp_path / "env", {"numpy": "2.0"})
-    settings = tmp_path / "env" / "pyvenv.cfg"
-    settings.write_text(
-        f"home = {Path(base).parent}\ninclude-system-site-packages = true\nversion = 3.11.2\n", encoding="utf-8"
-    )
-    assert provenance.installed(python) == {"numpy": "2.0", "torch": "2.13.0"}
+    assert installed.packages() == wanted
 
 
 LOCK = "numpy==2.0 \\\n    --hash=sha256:aa\ntf-keras[extra]==2.21.0\npywin32==300 ; sys_platform == 'win32'\n"
@@ -323,9 +329,9 @@ def test_the_lock_is_the_one_that_says_what_is_installed(tmp_path: Path) -> None
     for name, text in {"older": "numpy==1.9\n", "more": LOCK + "torch==2.0\n", "less": "numpy==2.0\n"}.items():
         (tmp_path / "envs" / name).mkdir()
         (tmp_path / "envs" / name / "requirements.txt").write_text(text)
-    found = provenance.collect(tmp_path, python)
-    assert found.lock_file == "envs/fits/requirements.txt"
-    assert found.lock == hashlib.sha256(LOCK.encode()).hexdigest()
+    found = look(python, tmp_path)
+    assert found["lock_file"] == "envs/fits/requirements.txt"
+    assert found["lock"] == hashlib.sha256(LOCK.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(("name", "table"), [("uv.lock", "package"), ("pylock.toml", "packages")])
@@ -334,21 +340,16 @@ def test_a_toml_lock_may_hold_what_other_platforms_need(tmp_path: Path, name: st
     entries = (("numpy", "2.0"), ("colorama", "0.4"))
     text = "".join(f'[[{table}]]\nname = "{package}"\nversion = "{v}"\n\n' for package, v in entries)
     (tmp_path / name).write_text(f"version = 1\n\n{text}")
-    assert provenance.collect(tmp_path, python).lock_file == name
+    assert look(python, tmp_path)["lock_file"] == name
     (tmp_path / name).write_text(text.replace("2.0", "2.1"))
-    assert provenance.collect(tmp_path, python).lock_file == ""
+    assert look(python, tmp_path)["lock_file"] == ""
 
 
 def test_without_a_lock_the_installed_packages_are_hashed(tmp_path: Path) -> None:
-    one = provenance.collect(tmp_path, environment(tmp_path / "a", {"numpy": "2.0", "zlib": "1.0"}))
-    same = provenance.collect(tmp_path, environment(tmp_path / "b", {"zlib": "1.0", "numpy": "2.0"}))
-    other = provenance.collect(tmp_path, environment(tmp_path / "c", {"zlib": "1.1", "numpy": "2.0"}))
-    assert one.lock == same.lock == hashlib.sha256(b"numpy==2.0\nzlib==1.0\n").hexdigest() != other.lock
-
-
-def test_a_python_that_is_not_there_is_no_error(tmp_path: Path) -> None:
-    found = provenance.collect(tmp_path, str(tmp_path / "nowhere" / "bin" / "python"))
-    assert (found.packages, found.lock, found.python_version) == ({}, "", "")
+    one = look(environment(tmp_path / "a", {"numpy": "2.0", "zlib": "1.0"}), tmp_path)
+    same = look(environment(tmp_path / "b", {"zlib": "1.0", "numpy": "2.0"}), tmp_path)
+    other = look(environment(tmp_path / "c", {"zlib": "1.1", "numpy": "2.0"}), tmp_path)
+    assert one["lock"] == same["lock"] == hashlib.sha256(b"numpy==2.0\nzlib==1.0\n").hexdigest() != other["lock"]
 
 
 def test_data_versions_come_from_dvc_pointers(tmp_path: Path) -> None:
@@ -357,8 +358,7 @@ def test_data_versions_come_from_dvc_pointers(tmp_path: Path) -> None:
         "outs:\n- md5: 8a61469f7ea1b51cbae51d4f78837e45\n  path: mnist.npz\n"
     )
     (tmp_path / "broken.dvc").write_bytes(b"\xff\0")
-    found = provenance.collect(tmp_path, None)
-    assert found.data == {"data/mnist.npz": "md5:8a61469f7ea1b51cbae51d4f78837e45"}
+    assert provenance.data_versions(tmp_path) == {"data/mnist.npz": "md5:8a61469f7ea1b51cbae51d4f78837e45"}
 
 
 # ---- in a run directory -------------------------------------------------------------------------------------------------
@@ -370,13 +370,16 @@ def a_plan(project: Path, **tree: object) -> plan.Plan:
 
 
 @git_only
-def test_a_run_directory_holds_it_all_and_params_are_flat(repo: Path, tmp_path: Path) -> None:
+def test_a_run_directory_holds_it_all_and_params_are_flat(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (repo / "train.py").write_text("edited\n")
     (repo / ".env").write_text("hunter2\n")
-    python = environment(tmp_path / "env", {"tensorflow": "2.21.0", "leftpad": "1"})
     run = RunDir(tmp_path / "runs", "r").make()
+    monkeypatch.setattr(installed, "packages", lambda: {"tensorflow": "2.21.0", "leftpad": "1"})
 
-    provenance.begin(run, a_plan(repo, env={"python": python}))()
+    provenance.begin(run, a_plan(repo))()
+    provenance.complete(run, tmp_path)
 
     assert (run.path / "packages.txt").read_text() == "leftpad==1\ntensorflow==2.21.0\n"
     assert b"+edited" in (run.path / "code.patch").read_bytes()
@@ -398,6 +401,8 @@ def test_a_run_starts_without_provenance_too(tmp_path: Path, capsys: pytest.Capt
     run = RunDir(tmp_path, "r")  # not made: nothing can be written
     provenance.begin(run, a_plan(tmp_path))()
     assert "provenance is not recorded" in capsys.readouterr().err
+    provenance.complete(run, tmp_path)
+    assert "provenance is not recorded" in capsys.readouterr().err
     assert provenance.params(run) == {}
 
 
@@ -409,21 +414,24 @@ def test_a_damaged_file_gives_what_is_left_of_it(tmp_path: Path, text: str) -> N
 
 
 def test_no_framework_and_no_other_python_is_started_to_find_out(tmp_path: Path) -> None:
-    """A submit waits for this: it reads names of folders, and starts git alone."""
-    python = environment(tmp_path / "env", {"tensorflow": "2.21.0"})
+    """A submit waits for the first part, a job's first rank for the second: they read names, and start git alone."""
     code = (
         "import sys, json, subprocess\n"
         "started = []\n"
         "sys.addaudithook(lambda event, args: started.append(args[0]) if event == 'subprocess.Popen' else None)\n"
         "from pathlib import Path\n"
-        "from hpcml.tracking import provenance\n"
-        f"provenance.collect(Path({str(tmp_path)!r}), {python!r})\n"
+        "from hpcml.tracking import provenance, revision\n"
+        f"revision.look(Path({str(tmp_path)!r}))\n"
+        "later = 'hashlib' not in sys.modules\n"
+        "from hpcml.tracking import installed\n"
+        f"installed.look(Path({str(tmp_path)!r}))\n"
         "foreign = {name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names - {'hpcml', '__main__'}\n"
-        "print(json.dumps([started, sorted(name for name in foreign if not name.startswith('_'))]))\n"
+        "print(json.dumps([started, later, sorted(name for name in foreign if not name.startswith('_'))]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    started, foreign = json.loads(done.stdout)
+    started, later, foreign = json.loads(done.stdout)
     assert {Path(word).name for word in started} <= {"git"}
+    assert later, "a submit would import what only the job needs"
     assert not {"tensorflow", "mlflow", "numpy", "importlib_metadata", "click"} & set(foreign)
 
 

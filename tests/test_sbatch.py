@@ -199,6 +199,17 @@ def test_a_submitted_job_runs_its_step_and_ends_with_the_marker(stage: Stage) ->
     assert ran.calls[2][1] == ["the-run", "/the/runs", str(stage.folder), str(stage.folder)]
 
 
+def test_code_that_cannot_be_unpacked_ends_the_job_before_its_step(stage: Stage, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "r"
+    (run / "code").mkdir(parents=True)
+    (run / "code.tar").write_bytes(b"no archive")
+    ran = stage.run(sbatch.render(make(), SITE), HPCML_RUN="r", HPCML_RUNS=str(tmp_path / "runs"), HPCML_SUBMITTED="1")
+    assert ran.code == 2 and not [words for words in ran.words() if words[0] == "srun"]
+    marker = json.loads((run / "status.json").read_text())
+    assert (marker["state"], marker["final"], marker["reason"]) == ("FAILED", True, "the code could not be unpacked")
+    assert (run / "code.tar").exists()
+
+
 def test_a_plain_sbatch_makes_its_run_directory(stage: Stage) -> None:
     ran = stage.run(sbatch.render(make(), SITE))
     assert ["python", "-P", "-m", "hpcml.node.batch", "open", "jobs/mnist.toml", "--site", "zeus"] in ran.words()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from hpcml import snapshot
 from hpcml.errors import HpcmlError
+from hpcml.launch import sbatch
 
 
 def git(folder: Path, *words: str) -> None:
@@ -54,10 +58,25 @@ def checkout(project: Path) -> Path:
     return project
 
 
-def taken(project: Path, **options: object) -> Path:
-    target = project.parent / "code"
-    snapshot.take(project, target, **options)  # type: ignore[arg-type]
-    return target
+@pytest.fixture(params=["copied", "packed"])
+def taken(request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Takes a snapshot by both ways, and unpacks it as the batch script does."""
+
+    def take(project: Path, **options: Any) -> Path:
+        target, archive = project.parent / "code", project.parent / "code.tar"
+        if request.param == "copied":
+            snapshot.take(project, target, **options)
+            return target
+        snapshot.take(project, target, archive=archive, **options)
+        if archive.exists():
+            assert archive.stat().st_mode & 0o777 == 0o600
+            unpack = re.search(r"(tar -xf .*?) &&", sbatch._UNPACK)
+            assert unpack
+            words = shlex.split(unpack[1].replace("$run/code.tar", str(archive)).replace("$run/code", str(target)))
+            subprocess.run(words, check=True, umask=0o077)
+        return target
+
+    return take
 
 
 def names(folder: Path) -> set[str]:
@@ -65,7 +84,7 @@ def names(folder: Path) -> set[str]:
     return {os.path.relpath(Path(here, name), folder) for here, subs, files in os.walk(folder) for name in subs + files}
 
 
-def test_a_checkout_is_copied_with_uncommitted_edits(checkout: Path) -> None:
+def test_a_checkout_is_copied_with_uncommitted_edits(checkout: Path, taken: Callable[..., Path]) -> None:
     code = taken(checkout)
     assert (code / "train.py").read_text() == "edited"
     assert (code / "lib" / "new.py").read_text() == "untracked"
@@ -74,7 +93,7 @@ def test_a_checkout_is_copied_with_uncommitted_edits(checkout: Path) -> None:
     assert (code / "train.py").read_text() == "edited"
 
 
-def test_what_git_ignores_is_linked_at_its_place(checkout: Path) -> None:
+def test_what_git_ignores_is_linked_at_its_place(checkout: Path, taken: Callable[..., Path]) -> None:
     code = taken(checkout)
     assert (code / "data").is_symlink() and (code / "data" / "mnist" / "images").read_text() == "big"
     assert (code / "lib" / "x.log").is_symlink() and not (code / "lib").is_symlink()
@@ -85,7 +104,7 @@ def test_the_count_is_of_files_copied_or_linked(checkout: Path) -> None:
     assert snapshot.take(checkout, checkout.parent / "code") == 6
 
 
-def test_links_go_on_pointing_where_they_did(project: Path) -> None:
+def test_links_go_on_pointing_where_they_did(project: Path, taken: Callable[..., Path]) -> None:
     outside = write(project.parent / "outside" / "weights", "w").parent
     write(project / "lib" / "model.py", "m")
     for name, to in {
@@ -107,7 +126,7 @@ def test_links_go_on_pointing_where_they_did(project: Path) -> None:
 
 
 @pytest.mark.parametrize("with_git", [True, False])
-def test_any_name_is_copied(project: Path, with_git: bool) -> None:
+def test_any_name_is_copied(project: Path, with_git: bool, taken: Callable[..., Path]) -> None:
     odd = ["two\nlines.py", "ñandú 火.py", " spaces .py", "-x.py", 'quote".py', "$(touch pwned).py", "tab\t.py"]
     raw = os.fsdecode(b"not-utf8-\xff.py")
     for name in [*odd, raw]:
@@ -119,7 +138,7 @@ def test_any_name_is_copied(project: Path, with_git: bool) -> None:
 
 
 @pytest.mark.parametrize("with_git", [True, False])
-def test_a_large_file_is_linked_also_behind_a_link(project: Path, with_git: bool) -> None:
+def test_a_large_file_is_linked_also_behind_a_link(project: Path, with_git: bool, taken: Callable[..., Path]) -> None:
     for path in (project / "large.bin", project.parent / "elsewhere.bin"):
         with path.open("wb") as file:
             file.truncate(snapshot.LARGEST_BYTES + 1)
@@ -134,7 +153,7 @@ def test_a_large_file_is_linked_also_behind_a_link(project: Path, with_git: bool
     assert not (code / "largest.bin").is_symlink()
 
 
-def test_without_git_hidden_folders_and_environments_stay_behind(project: Path) -> None:
+def test_without_git_hidden_folders_and_environments_stay_behind(project: Path, taken: Callable[..., Path]) -> None:
     for name in ("train.py", ".env", "lib/runs/code.py", ".cache/x", "venv/pyvenv.cfg", "venv/x", "runs/old/x"):
         write(project / name)
     for name in ("__pycache__/x", "mlruns/x", "node_modules/x"):
@@ -148,7 +167,7 @@ def test_without_git_hidden_folders_and_environments_stay_behind(project: Path) 
 
 
 def test_without_git_on_path_the_folder_is_copied(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: Callable[..., Path]
 ) -> None:
     write(project / "train.py")
     git(project, "init")
@@ -170,12 +189,12 @@ def test_the_runs_folder_is_no_part_of_it(project: Path, with_git: bool, by_link
     assert names(target) == {"train.py"}
 
 
-def test_a_project_inside_the_runs_folder_is_copied_all_the_same(project: Path) -> None:
+def test_a_project_inside_the_runs_folder_is_copied_all_the_same(project: Path, taken: Callable[..., Path]) -> None:
     write(project / "train.py")
     assert names(taken(project, skip=project.parent)) == {"train.py"}
 
 
-def test_the_work_is_a_copy_though_git_ignores_it(checkout: Path) -> None:
+def test_the_work_is_a_copy_though_git_ignores_it(checkout: Path, taken: Callable[..., Path]) -> None:
     script = write(checkout / "scratch" / "deep" / "try.py", "mine")
     write(checkout / "scratch" / "deep" / "input", "in")
     write(checkout / "scratch" / "other", "o")
@@ -187,13 +206,13 @@ def test_the_work_is_a_copy_though_git_ignores_it(checkout: Path) -> None:
     assert (code / "scratch" / "other").read_text() == "o"
 
 
-def test_the_work_is_a_copy_though_it_is_large(project: Path) -> None:
+def test_the_work_is_a_copy_though_it_is_large(project: Path, taken: Callable[..., Path]) -> None:
     with (project / "big.ipynb").open("wb") as file:
         file.truncate(snapshot.LARGEST_BYTES + 1)
     assert not (taken(project, work="big.ipynb") / "big.ipynb").is_symlink()
 
 
-def test_too_many_files_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_files_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch, taken: Callable[..., Path]) -> None:
     monkeypatch.setattr(snapshot, "MOST_FILES", 3)
     for number in range(3):
         write(project / str(number))
@@ -211,7 +230,7 @@ def test_a_file_that_cannot_be_copied_is_named(project: Path) -> None:
         snapshot.take(project, target)
 
 
-def test_a_snapshot_is_private(project: Path) -> None:
+def test_a_snapshot_is_private(project: Path, taken: Callable[..., Path]) -> None:
     write(project / "lib" / "x.py")
     before = os.umask(0)
     try:

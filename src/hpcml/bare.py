@@ -72,6 +72,7 @@ def _found(run: RunDir, decided: Plan) -> None:
     """Write what launchers write of their runs."""
     rundir.write_json(run.plan, decided.to_json())
     provenance.begin(run, decided)()
+    provenance.complete(run, Path(decided.project))
     rundir.claim(run)
     if os.environ.get("SLURM_JOB_ID"):
         submitted = {"slurm_job_id": int(os.environ["SLURM_JOB_ID"]), "submitted": time.time()}

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import rundir
+from . import provision, rundir
 from .errors import HpcmlError
 from .interpreter import need_python
 from .launch import local
@@ -66,7 +66,7 @@ def start_here(parent: Plan, plans: Sequence[Plan], site: Site) -> RunDir:
         rundir.write_json(run.plan, parent.to_json())
         rundir.claim(run)
         for plan in plans:
-            batch.prepare(run.child(plan.name).make(), plan)
+            provision.fill(run.child(plan.name).make(), plan)
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
         raise

@@ -56,6 +56,11 @@ class RunDir:
         return self.path / "code"
 
     @property
+    def archive(self) -> Path:
+        """The snapshot's files while the job waits; it unpacks them into ``code``."""
+        return self.path / "code.tar"
+
+    @property
     def logs(self) -> Path:
         """Folder of the ranks' logs."""
         return self.path / "logs"

@@ -3,14 +3,19 @@
 In a git checkout it holds the files that git tracks and the untracked ones that it does not ignore; what git ignores
 (data, environments) is linked, so that relative paths go on working. Elsewhere it holds the folder without hidden
 folders and environments. Files over ``LARGEST_BYTES`` are linked, not copied.
+
+For a queue the files go into one archive, which the job unpacks: a file system of a cluster takes one file at once and
+hundreds of small ones slowly, and nobody is to wait for these at the prompt.
 """
 
+import contextlib
 import itertools
 import os
 import re
+import shutil
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .errors import HpcmlError
@@ -24,11 +29,22 @@ _BLOCK = 2**20
 _SKIPPED = frozenset(["__pycache__", "node_modules", "mlartifacts", "mlruns"])
 
 
-def take(project: Path, target: Path, *, skip: Path | None = None, work: str | None = None) -> int:
-    """Copy a project's files to ``target`` and return how many there were.
+def take(
+    project: Path, target: Path, *, skip: Path | None = None, work: str | None = None, archive: Path | None = None
+) -> int:
+    """Copy a project's files to ``target`` and return how many there were; see ``begin``."""
+    return begin(project, target, skip=skip, work=work, archive=archive)()
+
+
+def begin(
+    project: Path, target: Path, *, skip: Path | None = None, work: str | None = None, archive: Path | None = None
+) -> Callable[[], int]:
+    """Begin to copy a project's files; the function that this returns waits for the end and says how many there were.
 
     Args:
         target: made here, 0700; what is there already is left alone.
+        archive: a tar file for the small files, to be unpacked in ``target``; without it, or without tar, they are
+            copied. Links and ``work`` are in ``target`` in any case.
         skip: a folder inside the project that is no part of it: the runs folder.
         work: the notebook or script to run, relative to the project; it is a copy even where git ignores it or it is
             large, so that neither edits reach the run nor the run the original.
@@ -54,11 +70,43 @@ def take(project: Path, target: Path, *, skip: Path | None = None, work: str | N
             f"{project} holds more than {MOST_FILES} files; a snapshot of it is no use",
             fix="work in a project folder of its own (git init), or set HPCML_PROJECT to it",
         )
+    packed: list[str] | None = [] if archive and shutil.which("tar") else None
     for name in wanted:
-        _copy(project, name, target, made)
+        _copy(project, name, target, made, packed=packed)
+    packing = _pack(project, packed, archive) if packed and archive else None
     if listed:
-        _link_ignored(project, target, skip, ignored or [])
-    return len(wanted)
+        _link_ignored(project, target, skip, ignored or [], packed or ())
+
+    def finish() -> int:
+        if packing and archive:
+            _end_packing(packing, archive)
+        return len(wanted)
+
+    return finish
+
+
+def _pack(project: Path, names: Sequence[str], archive: Path) -> "subprocess.Popen[bytes]":
+    """Start tar on files of the project, by their names on its input."""
+    words = ["tar", "--create", "--file", str(archive), "--directory", str(project)]
+    words += ["--no-recursion", "--null", "--files-from", "-"]
+    pipe, umask = subprocess.PIPE, 0o077
+    try:
+        tar = subprocess.Popen(words, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, umask=umask)
+    except OSError as error:
+        raise HpcmlError(f"tar can't be started: {error.strerror}", fix="check the tar on PATH") from None
+    assert tar.stdin is not None
+    with contextlib.suppress(BrokenPipeError), tar.stdin as names_in:  # it has ended: finish() tells why
+        names_in.write(b"".join(os.fsencode(f"./{name}") + b"\0" for name in names))
+    return tar
+
+
+def _end_packing(tar: "subprocess.Popen[bytes]", archive: Path) -> None:
+    assert tar.stderr is not None
+    with tar.stderr as said:
+        told = said.read().decode(errors="replace").strip().splitlines()
+    if tar.wait() > 1:  # 1: a file changed while it was read (tar(1), RETURN VALUE)
+        fix = "make it readable, free space, or let git ignore it"
+        raise HpcmlError(f"the project can't be packed into {archive}: {told[0] if told else 'tar failed'}", fix=fix)
 
 
 def inject(script: Path, params: Mapping[str, Scalar]) -> None:
@@ -125,13 +173,24 @@ def _walk(project: Path, skip: Path | None) -> Iterator[str]:
             yield os.path.relpath(here / name, project)
 
 
-def _copy(project: Path, name: str, folder: Path, made: set[str], largest: float = LARGEST_BYTES) -> None:
-    """Copy one file with its mode and time; plain system calls, because a submit waits for hundreds of these."""
+def _copy(
+    project: Path,
+    name: str,
+    folder: Path,
+    made: set[str],
+    largest: float = LARGEST_BYTES,
+    packed: list[str] | None = None,
+) -> None:
+    """Copy one file with its mode and time, or note that it is to be packed; plain system calls: there are hundreds."""
     source, target = f"{project}/{name}", f"{folder}/{name}"
     try:
         info = os.lstat(source)
     except FileNotFoundError:
         return  # tracked by git and deleted in the work tree
+    if packed is not None and stat.S_ISREG(info.st_mode) and info.st_size <= largest:
+        if not os.path.lexists(target):
+            packed.append(name)
+        return
     try:
         if (parent := os.path.dirname(target)) not in made:
             os.makedirs(parent, mode=0o700, exist_ok=True)
@@ -175,14 +234,26 @@ def _stays_inside(project: Path, source: Path) -> bool:
     return end == str(project) or end.startswith(f"{project}{os.sep}")
 
 
-def _link_ignored(project: Path, target: Path, skip: Path | None, names: list[str]) -> None:
-    """Link what git ignores at its place, whole folders where nothing in them is tracked."""
+def _link_ignored(project: Path, target: Path, skip: Path | None, names: list[str], packed: Sequence[str]) -> None:
+    """Link what git ignores at its place, whole folders where nothing in them is tracked.
+
+    Args:
+        packed: files whose folders are there when the archive is unpacked.
+    """
+    coming = {parent for name in packed for parent in _parents(name)}
     for name in names:
         source, link = project / name, target / name.rstrip("/")
         if source.name in _SKIPPED or (skip and (source == skip or source in skip.parents)):
             continue
+        if os.path.dirname(name.rstrip("/")) in coming:
+            link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if link.parent.is_dir():
             _link(source.absolute(), link)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := os.path.dirname(name):
+        yield name
 
 
 def _link(source: Path, link: Path) -> None:

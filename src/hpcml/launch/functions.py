@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .. import facts, plan, rundir
+from .. import facts, plan, provision, rundir
 from .. import job as jobs
 from .. import site as sites
 from ..errors import HpcmlError, ServiceSilent
 from ..job import Job
-from ..node import batch, bootstrap
+from ..node import bootstrap
 from ..plan import Plan
 from ..rundir import RunDir
 from ..site import Site
@@ -125,7 +125,7 @@ def _queued(decided: Plan, where: Site, calls: Sequence[Call], *, array: bool) -
     try:
         run.functions.mkdir(mode=0o700)
         for made in {run: None, **dict.fromkeys(members)}:
-            batch.prepare(made, decided)
+            provision.fill(made, decided)
         if where.scheduler == "slurm":
             rundir.write_bytes(run.script, sbatch.render_functions(decided, where, array=array).encode())
         ids = _hand_over({"plan": decided, "run": run, "calls": tuple(calls), "array": array}, run, decided)

@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from .. import rundir
+from .. import provision, rundir
 from ..interpreter import need_python, python_of
 from ..node import batch, bootstrap, topology
 from ..plan import Plan
@@ -32,7 +32,7 @@ def make(plan: Plan, root: Path) -> RunDir:
     need_python(plan)
     run_dir = rundir.create(root, plan.name)
     try:
-        batch.prepare(run_dir, plan)
+        provision.fill(run_dir, plan)
     except BaseException:
         shutil.rmtree(run_dir.path, ignore_errors=True)
         raise

@@ -81,6 +81,11 @@ def needs_framework(plan: Plan) -> None:
 
 def remedy(missing: Sequence[str]) -> str:
     """How to get packages into an environment."""
+    if "horovod" in missing:
+        return (
+            "scripts/setup --horovod, which builds it (5 to 8 minutes; needs g++), or another strategy: ddp (torch), "
+            "multiworker (TensorFlow)"
+        )
     if "torch" in missing:
         return "scripts/setup --torch, or pip install -r envs/torch/requirements.txt into the job's environment"
     extras = ",".join(dict.fromkeys(_EXTRAS[name] for name in missing if name in _EXTRAS))

@@ -55,10 +55,22 @@ if ! "$python" -P -c "import hpcml" 2>/dev/null; then
 fi
 """
 
+_UNPACK = """
+unpack() {  # the code as hpcml submit packed it; a requeued job finds it unpacked
+  local run=$HPCML_RUNS/$HPCML_RUN
+  if [ ! -f "$run/code.tar" ]; then return; fi
+  tar -xf "$run/code.tar" -C "$run/code" --no-same-owner --no-same-permissions && rm -f "$run/code.tar" && return
+  marker='{"state": "FAILED", "exit_code": 2, "final": true, "reason": "the code could not be unpacked"}'
+  echo "$marker" >"$run/status.json"
+  exit 2
+}
+"""
+
 _OPEN = """
 # hpcml submit has made the run directory of this job already; a plain sbatch, also one typed in a run, makes it here.
 if [ -n "${{HPCML_SUBMITTED:-}}" ]; then
   unset HPCML_SUBMITTED
+  unpack
 else
   HPCML_RUN=$("$python" -P -m hpcml.node.batch open {job} --site {site}{overrides}) || exit
   export HPCML_RUN
@@ -89,6 +101,7 @@ trap 'signal=USR2' USR2
 variant() {  # variant NAME COMMAND...: one step with a run directory of its own; none begins after a TERM
   if [ "$signal" = TERM ]; then return; fi
   export HPCML_RUN="$comparison/$1"
+  unpack
   shift
   "$@"
   code=$?
@@ -125,6 +138,7 @@ def render(plan: Plan, site: Site, overrides: Mapping[str, Mapping[str, str]] | 
             _ENVIRONMENT.format(find=_find(plan), runs=_shell_path(site.runs)),
             _modules(plan),
             _PYTHON.format(candidates=_candidates(plan)),
+            _UNPACK,
             _OPEN.format(job=job, site=shlex.quote(site.name), overrides=quoted),
             _RUN.format(srun=_srun(plan)),
         ]
@@ -143,6 +157,7 @@ def render_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> str:
         _ENVIRONMENT.format(find="", runs=_shell_path(site.runs)),
         _modules(parent),
         _PYTHON.format(candidates=_candidates(parent)),
+        _UNPACK,
         _COMPARISON,
     ]
     parts += [f"variant {shlex.quote(plan.name)} {_srun(plan, exact=True)}\n" for plan in plans]

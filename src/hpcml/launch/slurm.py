@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import rundir
+from .. import provision, rundir
 from ..errors import HpcmlError
-from ..node import batch, bootstrap
+from ..node import bootstrap
 from ..plan import Plan
 from ..rundir import RunDir
 from ..site import Site
@@ -32,7 +32,7 @@ def submit(plan: Plan, site: Site, script: str) -> tuple[RunDir, int]:
     root = rundir.runs_root(site, Path(plan.project))
     run = rundir.create(root, plan.name)
     try:
-        batch.prepare(run, plan)
+        provision.fill(run, plan, packed=True)
         return run, _queue(run, plan, script)
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
@@ -48,7 +48,7 @@ def submit_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> tuple[
         rundir.write_json(run.plan, parent.to_json())
         for plan in plans:
             child = run.child(plan.name).make()
-            batch.prepare(child, plan)
+            provision.fill(child, plan, packed=True)
         return run, _queue(run, parent, sbatch.render_comparison(parent, plans, site))
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)

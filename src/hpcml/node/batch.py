@@ -11,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from .. import facts, job, plan, rundir, site, snapshot
+from .. import facts, job, plan, provision, rundir, site
 from ..errors import HpcmlError
 from ..rundir import RunDir
-from ..tracking import provenance
 from . import ending
 
 # The last delivery of a job that delivers itself: the end marker and the files. What is late stays for `hpcml sync`.
@@ -39,25 +38,8 @@ def open_run(
         if earlier:
             return earlier
     run = rundir.create(root, decided.name, time.time())
-    prepare(run, decided, job_id or None)
+    provision.fill(run, decided, job_id or None)
     return run
-
-
-def prepare(run: RunDir, decided: plan.Plan, slurm_job_id: int | None = None) -> None:
-    """Fill a new run directory: the code's snapshot with its parameters, the plan last."""
-    project = Path(decided.project)
-    record_origins = provenance.begin(run, decided)  # git works while the files are copied
-    try:
-        if decided.work != "function":
-            work = decided.target[0] if decided.work in ("notebook", "script") else None
-            snapshot.take(project, run.code, skip=run.root, work=work)
-            if decided.work == "script" and decided.inject and decided.params:
-                snapshot.inject(run.code / decided.target[0], decided.params)
-        if slurm_job_id is not None:
-            rundir.write_json(run.submitted, {"slurm_job_id": slurm_job_id, "submitted": time.time()})
-    finally:
-        record_origins()
-    rundir.write_json(run.plan, decided.to_json())
 
 
 def forget_earlier(run: RunDir, restart: int) -> None:

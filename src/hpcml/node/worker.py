@@ -21,6 +21,7 @@ from .. import rundir
 from ..errors import HpcmlError
 from ..plan import Plan, from_json
 from ..rundir import RunDir
+from ..tracking import provenance
 from . import batch, bootstrap, ending
 from .beside import beside
 
@@ -47,9 +48,11 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     batch.forget_earlier(run, restart)
     try:
         environment = {**os.environ, **plan.env.vars, "HPCML_RESTART": str(restart), "PYTHONUNBUFFERED": "1"}
-        ready = bootstrap.prepare(environment, plan.strategy, plan.keras, plan.gpus_per_node)
+        ready = bootstrap.prepare(environment, plan.strategy, plan.keras, plan.gpus_per_node, plan.tuning)
         rank = ready.topology.rank
         _say(log, rank, f"hpcml: {ready.describe()}")
+        if rank == 0:
+            provenance.complete(run, run.code if run.code.is_dir() else Path(plan.project))
         with beside(run, ready, environment, restart) as hurry:
             worked, ended = _child(run, plan, {**environment, **ready.variables}, log, rank)
             code, reason = ending.judged(run, plan, rank, restart, worked)

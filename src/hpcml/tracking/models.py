@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HpcmlError
 from ..rundir import RunDir, write_bytes
-from . import provenance, store
+from . import installed, store
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -197,7 +197,7 @@ def _name_tf_keras(folder: Path) -> None:
 
 def _requirements(flavour: str, run: RunDir) -> list[str]:
     """Pin what loading needs, and constrain the rest to what is installed; MLflow would load the model to find out."""
-    packages = provenance.installed()
+    packages = installed.packages()
     names = ("mlflow", *REQUIREMENTS.get(flavour, (flavour, "numpy", "pandas")))
     lock = run.packages
     if not lock.exists():
