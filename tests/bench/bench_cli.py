@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -143,8 +144,10 @@ def version_figure(count: int) -> pairs.Figure:
 def submit_figure(ready: Cluster, count: int) -> pairs.Figure:
     """Measure ``hpcml submit``."""
     timed([HPCML, "submit", str(ready.job)], ready.environment)
-    files = [path for path in ready.runs.glob("*/code/**/*") if path.is_file() and not path.is_symlink()]
-    size = sum(path.stat().st_size for path in files) / 2**20
+    (archive,) = ready.runs.glob("*/code.tar")
+    with tarfile.open(archive) as packed:
+        files = packed.getmembers()
+    size = sum(file.size for file in files) / 2**20
     ready.bare()
     measured = list(pairs.measure(pairs.in_turn(ready.submit, ready.bare), least=count))
     what = (
