@@ -427,6 +427,8 @@ def test_a_profile_that_fails_costs_the_profile_only(trained: Path, scene: str) 
 # ------------------------------------------------------------------ a whole run
 
 WORK = """
+import time
+
 import hpcml
 
 run = hpcml.begin(strategy="ddp")
@@ -443,6 +445,7 @@ optimizer = torch.optim.SGD(model.parameters(), 0.01)
 for epoch in run.epochs(2, model, global_batch=8):
     for xs, ys in {steps}:
         optimizer.zero_grad()
+        time.sleep(0.01 * dist.get_rank())  # the first rank has to wait for the second
         torch.nn.functional.mse_loss(model(xs), ys).backward()
         optimizer.step()
 if "run.steps" not in {steps!r}:
