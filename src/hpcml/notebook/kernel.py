@@ -60,7 +60,7 @@ class Specs(KernelSpecManager):  # type: ignore[misc]
                 f"{sys.executable} has no ipykernel, so it can't run notebooks", origin="the job's environment",
                 fix=f"install it: {sys.executable} -m pip install 'hpcml[notebook]'",
             )  # fmt: skip
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-P", "-m", f"{__package__}.ipykernel_main", "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python")
 
 
