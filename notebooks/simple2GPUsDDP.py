@@ -110,7 +110,8 @@ print(f"{sum(w.size for w in weights):,} weights, {hpcml.data.fingerprint(weight
 # ## Training
 #
 # `run.epochs` and `run.steps` only count and keep times, but they end the run if the processes do not train together: their
-# weights must be the same, bit for bit, after the first step and the tenth. Asked to stop, all leave after the same step.
+# weights must be the same, bit for bit, after the first step and the tenth. With `keep` the training survives: asked to stop,
+# all leave after the same step and save, and the run goes on from there when it is requeued or resumed.
 
 
 # %%
@@ -138,8 +139,7 @@ def evaluate():
     return means(sums)
 
 
-history = []
-for epoch in run.epochs(epochs, model, global_batch=global_batch):
+for epoch in run.epochs(epochs, model, global_batch=global_batch, keep=[optimizer]):
     sampler.set_epoch(epoch)  # another order in each epoch, the same in every process
     model.train()
     sums = torch.zeros(3, device=run.device)
@@ -152,11 +152,12 @@ for epoch in run.epochs(epochs, model, global_batch=global_batch):
         optimizer.step()
         sums += tally(logits, labels)
     (loss, accuracy), (val_loss, val_accuracy) = means(sums), evaluate()
-    history.append({"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy})
-    run.log(step=epoch, lr=lr, **history[-1])
-    print(f"epoch {epoch}/{epochs}: " + ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items()))
+    told = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    run.log(step=epoch, lr=lr, **told)
+    print(f"epoch {epoch}/{epochs}: " + ", ".join(f"{name} {value:.4f}" for name, value in told.items()))
 
-assert history[-1]["loss"] <= history[0]["loss"], "the loss has not gone down"
+history = run.history  # of all epochs, also of those before a restart
+assert history["loss"][-1] <= history["loss"][0], "the loss has not gone down"
 
 # %% [markdown]
 # ## Result
@@ -165,9 +166,9 @@ assert history[-1]["loss"] <= history[0]["loss"], "the loss has not gone down"
 
 # %%
 _, result = evaluate()
-speeds = sorted(run.samples_per_s[1:] or run.samples_per_s)
+speeds = sorted(history["samples_per_s"][1:] or history["samples_per_s"])
 
-assert abs(result - history[-1]["val_accuracy"]) < 0.005, "evaluated on other images than in training"
+assert abs(result - history["val_accuracy"][-1]) < 0.005, "evaluated on other images than in training"
 print(f"accuracy {result:.3f}, {speeds[len(speeds) // 2]:,.0f} images/s, replicas in sync: {world}")
 dist.destroy_process_group()
 run.finish()

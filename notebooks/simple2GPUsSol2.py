@@ -56,18 +56,24 @@ print(f"replicas in sync: {strategy.num_replicas_in_sync}")
 # %%
 (x_train, y_train), (x_test, y_test) = hpcml.data.load(data, seed)  # x (n, 28, 28, 1) in 0…1, y (n,)
 
+# What `hpcml tune` searches over, with the values that hold while the job has no [tuning]: batches made ready ahead, threads
+# that only the input has (0: it shares TensorFlow's), steps in one call of the graph, XLA (None: Keras decides).
+tuned = run.tuned(prefetch=tf.data.AUTOTUNE, data_threads=0, steps_per_execution=1, jit_compile=None)
+
 # Several processes: each takes its part of every batch. The default, AUTO, would first look for files to hand out whole.
 options = tf.data.Options()
 options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
 # The autotuner of each epoch's iterator wakes after 20, 40, 80, … 640 ms, and the end of the epoch waits for its next time.
 # An epoch here is about that short, and there is nothing to tune.
 options.autotune.enabled = False
+if tuned["data_threads"]:
+    options.threading.private_threadpool_size = tuned["data_threads"]
 
 # The seed makes the order the same in every process; with different orders the parts of a batch would overlap.
 # A remainder would be a smaller batch, with noisier gradients and a graph of its own; other images are left out each time.
 # There is no cache(): the arrays lie in memory already.
 train = tf.data.Dataset.from_tensor_slices((x_train, y_train)).shuffle(len(x_train), seed=seed)
-train = train.batch(global_batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
+train = train.batch(global_batch, drop_remainder=True).prefetch(tuned["prefetch"]).with_options(options)
 test = tf.data.Dataset.from_tensor_slices((x_test, y_test)).batch(global_batch).with_options(options)
 
 assert len(train) > 0, f"global_batch = {global_batch} is more than the {len(x_train)} training images"
@@ -98,6 +104,8 @@ with strategy.scope():
         optimizer=tf.keras.optimizers.AdamW(lr),
         loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        steps_per_execution=tuned["steps_per_execution"],
+        jit_compile=tuned["jit_compile"],
     )
 
 print(f"{model.count_params():,} weights, {hpcml.data.fingerprint(model.get_weights())}")

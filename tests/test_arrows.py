@@ -19,12 +19,21 @@ LEAF = {
 FRAMEWORKS = {
     *("tensorflow", "keras", "tf_keras", "torch", "horovod", "numpy", "mlxtend", "matplotlib", "mlflow"),
     *("papermill", "nbclient", "nbformat", "jupyter_client", "jupyter_core", "ipykernel", "IPython", "traitlets"),
-    *("submitit", "cloudpickle", "rich", "pandas", "jinja2", "nbconvert", "bs4", "pygments", "markupsafe"),
+    *("submitit", "cloudpickle", "tomlkit", "rich", "pandas", "jinja2", "nbconvert", "bs4", "pygments", "markupsafe"),
     *("xprof", "pynvml", "psutil"),
 }
 # Whose top may import what the room is about; nobody imports these rooms at their own top (see FRONT below).
 OWN_FRAMEWORK = {
-    "notebook": {"papermill", "nbclient", "nbformat", "jupyter_client", "jupyter_core", "traitlets", "IPython"},
+    "notebook": {
+        "ipykernel",
+        "papermill",
+        "nbclient",
+        "nbformat",
+        "jupyter_client",
+        "jupyter_core",
+        "traitlets",
+        "IPython",
+    },
     "training": {"numpy"},
 }
 
@@ -135,8 +144,9 @@ ROOMS: list[tuple[str, set[str], set[str] | None, set[str] | None]] = [
     ("a report reads run directories only", {"report"}, None, LEAF | {"report"}),
     ("delivery reads run directories only", {"tracking.mlflow"}, None, LEAF | {"tracking"}),
     ("a notebook's engine knows no starter", {"notebook"}, {"run", "launch", "cli", "queue", "node"}, None),
-    ("data knows nobody", {"data"}, None, {"errors", "data"}),
+    ("data knows the leaf", {"data"}, None, LEAF | {"data"}),
     ("a launcher knows no command", {"launch"}, {"cli", "compare", "preflight", "report"}, None),
+    ("tuning starts runs and reads their journals", {"tune"}, None, LEAF | {"tune", "launch", "node"}),
     # a Future asks for its run's state, so the queue must not know launchers
     ("the queue asks Slurm and run directories only", {"queue"}, None, LEAF | {"queue"}),
     (
@@ -201,5 +211,5 @@ def test_a_command_imports_no_framework_before_it_runs(module: str) -> None:
 
 def test_every_module_has_a_place() -> None:
     known = {*LEAF, "node", "launch", "run", "training", "notebook", "data", "tracking", "report", "cli"}
-    known |= {"queue", "compare", "preflight", "bare", "__main__", ""}
+    known |= {"queue", "compare", "tune", "preflight", "bare", "__main__", ""}
     assert [module for module in FILES if not within(module, known)] == []

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 DONE, JOB_FAILED, BAD_INPUT, SERVICE_SILENT, INTERRUPTED = 0, 1, 2, 3, 130
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {match[0]!r}?" if match else ""
+
+
+class Stopped(SystemExit):
+    """A training has stopped as it was asked to, and can go on from a checkpoint; nothing has failed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(STOPPED)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]

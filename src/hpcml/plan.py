@@ -9,10 +9,16 @@ from typing import Any
 
 from .errors import HpcmlError, Problem, nearest
 from .facts import Facts
-from .job import Environment, Job, Resources, Scalar, SlurmOptions, clock, seconds, typed_like
+from .job import Environment, Job, Resources, Scalar, SlurmOptions, Tuning, clock, seconds, typed_like
 from .site import Limits, Site
 
 ONE_PROCESS = ("original", "mirrored")
+A_PROCESS_FOR_EACH_GPU = {"ddp": "DistributedDataParallel", "horovod": "Horovod"}
+# What Keras 3 can't be trained with, and why.
+NOT_KERAS_3 = {
+    "multiworker": "MultiWorkerMirroredStrategy with model.fit fails on Keras 3 (keras-team/keras#20585)",
+    "horovod": "Horovod's DistributedOptimizer averages no gradients with Keras 3, and says nothing",
+}
 NO_FACTS = Facts()
 NEVER_CHECKED = (
     'strategy "{strategy}" was never checked: no training reported its replicas in sync; '
@@ -22,7 +28,7 @@ _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 # On this machine every task is a process, of about 1 GB with TensorFlow.
 MOST_TASKS_HERE = 64
 # Params that make two trainings comparable when they are equal.
-FAIR_PARAMS = ("global_batch", "seed", "epochs", "data")
+FAIR_PARAMS = ("global_batch", "seed", "epochs", "data", "weights", "image_size")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Plan:
         inject: whether params go into a cell of the work's copy (else ``--key value``).
         notes: what a person should be told once, such as a capped value.
         profile: first and last training step to profile, counted from 1; None for no profile.
+        tuning: settings for speed; what is None there is left to its default.
         origins: for each dotted key, where its value came from.
     """
 
@@ -68,6 +75,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
     profile: tuple[int, int] | None = None
+    tuning: Tuning = field(default_factory=Tuning)
 
     @property
     def tasks(self) -> int:
@@ -84,8 +92,8 @@ class Plan:
         """Modules that the strategy needs; none where no strategy tells."""
         if self.strategy is None:
             return ()
-        if self.strategy == "ddp":
-            return ("torch",)
+        if self.strategy in A_PROCESS_FOR_EACH_GPU:
+            return ("torch",) if self.strategy == "ddp" else ("horovod",)  # with torch or TensorFlow
         return ("tensorflow", "tf_keras") if self.keras == "legacy" else ("tensorflow",)
 
     @property
@@ -108,6 +116,7 @@ def from_json(data: Mapping[str, Any]) -> Plan:
     values["profile"] = (
         tuple(data["profile"]) if data.get("profile") else None
     )  # plans of before profiles have no such key
+    values["tuning"] = Tuning(**(data.get("tuning") or {}))
     return Plan(**{f.name: values[f.name] for f in dataclasses.fields(Plan)})
 
 
@@ -131,7 +140,8 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
     origins.setdefault("resources.time", "default")
     if site.scheduler == "local":
         asked = _capped(asked, facts, notes, origins)
-    problems = [*_shape(job, asked, facts), *_work(job, facts)]
+    tuning, too_many = _threads(job, asked, notes if site.scheduler == "local" else None, origins)
+    problems = [*_shape(job, asked, facts), *_work(job, facts), *too_many]
     problems += _limits(job, site, facts, asked) if site.scheduler == "slurm" else _too_many_here(job, asked)
     if problems:
         raise HpcmlError(problems)
@@ -166,6 +176,7 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
         notes=tuple(notes),
         origins=origins,
         profile=job.profile,
+        tuning=tuning,
     )
 
 
@@ -210,10 +221,10 @@ def _shape(job: Job, asked: Resources, facts: Facts) -> list[Problem]:
                 'for several tasks: strategy = "multiworker"',
             )
         )
-    if job.strategy == "ddp" and asked.gpus_per_node and asked.tasks_per_node != asked.gpus_per_node:
+    if job.strategy in A_PROCESS_FOR_EACH_GPU and asked.gpus_per_node and asked.tasks_per_node != asked.gpus_per_node:
         problems.append(
             Problem(
-                f"DistributedDataParallel takes one process for each GPU, but {asked.gpus_per_node} GPUs and "
+                f"{A_PROCESS_FOR_EACH_GPU[job.strategy]} takes one process for each GPU, but {asked.gpus_per_node} GPUs and "
                 f"{asked.tasks_per_node} tasks a node are asked for",
                 job.origins.get("resources.tasks_per_node", "resources.tasks_per_node"),
                 "tasks_per_node = gpus_per_node",
@@ -229,10 +240,10 @@ def _shape(job: Job, asked: Resources, facts: Facts) -> list[Problem]:
                 "torch.autocast(run.device.type, torch.bfloat16) around the model's call",
             )
         )
-    if job.strategy == "multiworker" and job.keras == "3":
+    if job.strategy in NOT_KERAS_3 and job.keras == "3":
         problems.append(
             Problem(
-                "MultiWorkerMirroredStrategy with model.fit fails on Keras 3 (keras-team/keras#20585)",
+                NOT_KERAS_3[job.strategy],
                 job.origins.get("keras", "keras"),
                 'keras = "legacy" (tf-keras)',
                 "set keras only in the base job that the variants share",
@@ -396,6 +407,41 @@ def _capped(asked: Resources, facts: Facts, notes: list[str], origins: dict[str,
     for key in changes:
         origins[f"resources.{key}"] = "capped to this machine"
     return dataclasses.replace(asked, **changes)  # type: ignore[arg-type]
+
+
+def _threads(
+    job: Job, asked: Resources, notes: list[str] | None, origins: dict[str, str]
+) -> tuple[Tuning, list[Problem]]:
+    """Hold ``[tuning]`` to the cores of a task: where ``notes`` are kept it is capped and said, else it is a problem.
+
+    Threads of the input run beside those that compute, and leave them the rest. Two operations at once are always allowed:
+    the default, of which one may wait for other ranks.
+    """
+    cores = asked.cpus_per_task or 1
+    room = cores - min(job.tuning.data_threads or 0, cores - 1)
+    limits = {
+        "data_threads": cores - 1,
+        "intra_op_threads": room,
+        "omp_threads": room,
+        "inter_op_threads": max(2, cores),
+    }
+    changes: dict[str, int] = {}
+    problems = []
+    for key, most in limits.items():
+        value = getattr(job.tuning, key)
+        if value is None or value <= most:
+            continue
+        origin = origins.get(f"tuning.{key}", f"tuning.{key}")
+        if notes is None:
+            what = f"tuning.{key} = {value}: more runnable threads than a task has cores"
+            beside = f", beside {cores - room} data_threads" if room < cores and most == room else ""
+            allowed = f"at most {most} (resources.cpus_per_task = {cores}{beside})"
+            problems.append(Problem(what, origin, allowed, "hpcml tune"))
+        else:
+            changes[key] = most
+            notes.append(f"{key.replace('_', ' ')}: {most} instead of {value}, a task has {cores} cores")
+            origins[f"tuning.{key}"] = "capped to this machine"
+    return dataclasses.replace(job.tuning, **changes), problems  # type: ignore[arg-type]
 
 
 def _python(job: Job, site: Site) -> str | None:

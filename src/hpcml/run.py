@@ -9,13 +9,13 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import bare, rundir
-from .errors import HpcmlError
-from .job import Scalar
+from .errors import HpcmlError, nearest
+from .job import WORK_SETTINGS, Scalar
 from .node import batch, bootstrap, exits
 from .node.devices import Devices
 from .node.topology import Topology
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 
 TENSORFLOW_STRATEGIES = ("original", "mirrored", "multiworker")
-STRATEGIES = (*TENSORFLOW_STRATEGIES, "ddp")
+STRATEGIES = (*TENSORFLOW_STRATEGIES, "ddp", "horovod")
 _FRAMEWORKS = ("tensorflow", "keras", "tf_keras")
 
 _current: "Run | None" = None
@@ -47,6 +47,7 @@ class Run:
         devices: the devices of this rank.
         params: the job's parameters laid over the work's defaults.
         precision: Keras's mixed precision policy.
+        tuning: the job's settings for speed; the work asks for them by ``tuned``.
         profile: the first and last step to profile.
         session: where no worker started it: what it does for itself, above all its own end marker.
     """
@@ -59,6 +60,7 @@ class Run:
     precision: str
     journal: Journal
     profile: tuple[int, int] | None = None
+    tuning: Mapping[str, Scalar] = field(default_factory=dict)
     session: bare.Session | None = None
     began: float = field(default_factory=time.perf_counter)
     finished: bool = False
@@ -72,6 +74,27 @@ class Run:
         self._logged = metrics
         return self.journal.metric(step, metrics)
 
+    def tuned(self, **defaults: Any) -> dict[str, Any]:
+        """Return settings for the speed of input and training step: the job's ``[tuning]``, else the defaults given here.
+
+        The work hands them to its framework itself: ``prefetch`` to the data set, ``steps_per_execution`` and
+        ``jit_compile`` to ``model.compile``, ``data_threads`` to ``tf.data``'s private threads or a DataLoader's workers.
+        ``hpcml tune`` searches over those that are asked for; the journal keeps which values held.
+
+        Raises:
+            HpcmlError: a name is none of these.
+        """
+        for name in defaults:
+            if name not in WORK_SETTINGS:
+                fix = nearest(name, WORK_SETTINGS) or "threads are set before the work starts: [tuning] in the job file"
+                raise HpcmlError(
+                    f"no setting {name!r}", origin="run.tuned()", allowed=", ".join(WORK_SETTINGS), fix=fix
+                )
+        chosen = {name: self.tuning.get(name, default) for name, default in defaults.items()}
+        told = {f"tuned.{name}": "default" if value is None else value for name, value in chosen.items()}
+        self.journal.write("params", values=told)
+        return chosen
+
     @property
     def device(self) -> "torch.device":
         """This rank's device for torch: its own GPU, ``cuda:0``, or ``cpu`` in a rehearsal.
@@ -83,15 +106,24 @@ class Run:
 
         return training.device(self._expected())
 
-    def epochs(self, count: int, model: Any, global_batch: int | None = None) -> Iterator[int]:
+    def epochs(
+        self, count: int, model: Any, global_batch: int | None = None, keep: Sequence[Any] | None = None
+    ) -> Iterator[int]:
         """Yield the numbers of a torch training's epochs, from 1, and keep what each took; fewer where it is stopped.
 
+        With ``keep`` the training survives: it saves checkpoints into the run's directory, also when a signal asks it to
+        stop, and a run that is requeued or resumed goes on after the step at which it was saved, with the same data
+        order and random numbers.
+
         Args:
-            model: wrapped in DistributedDataParallel; its weights are compared across the ranks.
+            model: wrapped in DistributedDataParallel, or shared out by ``fully_shard``; its weights are compared across the ranks.
             global_batch: samples a step over all ranks; by default the parameter of that name.
+            keep: what else has a state: the optimizer, a scheduler, a gradient scaler.
 
         Raises:
-            HpcmlError: the ranks don't train together, or the global batch can't be shared by them.
+            HpcmlError: the ranks don't train together, the global batch can't be shared by them, or something of
+                ``keep`` has no state.
+            Stopped: asked to stop, and saved; a ``SystemExit``, so that the work ends here.
         """
         from .training import torch as training
 
@@ -99,6 +131,7 @@ class Run:
             self.journal, self._expected(), self.device, model=model, epochs=count,
             global_batch=self._global_batch(global_batch, "epochs"), began=self.began, rank=self.topology.rank,
             stop=self._stopping(), logged=lambda: self._logged, profile=self.profile, folder=self.dir.profile,
+            ranks=self._ranks(), keeper=None if keep is None else self._keeper(model, keep),
         )  # fmt: skip
         return self._training.epochs()  # type: ignore[no-any-return]
 
@@ -117,12 +150,46 @@ class Run:
         """Speed of the whole job in each epoch of ``epochs`` so far."""
         return list(self._training.samples_per_s) if self._training else []
 
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """What this rank has recorded: each metric's values in the order of their steps, those of earlier restarts too.
+
+        Of a step that a restart has repeated the last value counts. What belongs to no epoch (step 0) is left out.
+        """
+        found: dict[str, dict[int, float]] = {}
+        for record in _records(self.dir, "metric"):
+            if record["rank"] == self.topology.rank and record["step"]:
+                for name, value in record["values"].items():
+                    found.setdefault(name, {})[record["step"]] = value
+        return {name: [values[step] for step in sorted(values)] for name, values in found.items()}
+
     def _stopping(self) -> Any:
         if self._stop is None:
             from .training import ddp
 
-            self._stop = ddp.Stop(self.dir.stop, _restart())
+            self._stop = ddp.Stop(self.dir.stop, _restart(), gather=self._ranks().gather)
         return self._stop
+
+    def _keeper(self, model: Any, others: Sequence[Any]) -> Any:
+        from .training import checkpoint, torch_checkpoint
+
+        torch_checkpoint.check(model, others)
+        looks = torch_checkpoint.looks(model, others)
+        store = checkpoint.Store(self.dir, _restart(), looks, self._warn)
+        watched = self.session is None
+        return torch_checkpoint.Keeper(
+            store, self._ranks(), self.topology.rank, model, others, self.device, watched=watched
+        )
+
+    def _warn(self, text: str) -> None:
+        self.journal.message("warning", text)
+        print(f"hpcml: {text}", file=sys.stderr, flush=True)
+
+    def _ranks(self) -> Any:
+        """How this strategy's torch processes tell one another numbers."""
+        from .training import ddp, horovod
+
+        return horovod.RANKS if self.strategy == "horovod" else ddp.DDP
 
     def _global_batch(self, given: int | None, where: str) -> int:
         size = given if given is not None else self.params.get("global_batch")
@@ -233,8 +300,8 @@ def begin(strategy: str | None = None, *, new: bool = False) -> Run:
     """Begin a run: threads, TF_CONFIG, devices, Keras flavour and run directory, before TensorFlow is imported.
 
     Args:
-        strategy: ``original``, ``mirrored`` or ``multiworker``: the number of replicas is then checked when training
-            begins. None only records.
+        strategy: ``original``, ``mirrored``, ``multiworker``, ``ddp`` or ``horovod``: that all replicas train one model
+            is then checked when training begins. None only records.
         new: end the current run and begin another; without it a second call returns the same run.
 
     Raises:
@@ -254,7 +321,7 @@ def begin(strategy: str | None = None, *, new: bool = False) -> Run:
         _current.finish()
     if strategy not in (None, *STRATEGIES):
         raise HpcmlError(f"unknown strategy {strategy!r}", origin="begin()", allowed=", ".join(STRATEGIES))
-    frameworks = ("torch",) if strategy == "ddp" else _FRAMEWORKS
+    frameworks = {"ddp": ("torch",), "horovod": ("horovod", "torch", *_FRAMEWORKS)}.get(strategy or "", _FRAMEWORKS)
     if first and (imported := [name for name in frameworks if name in sys.modules]):
         raise HpcmlError(
             f"{imported[0]} was imported before hpcml.begin(), so threads and devices can't be set any more",
@@ -269,6 +336,11 @@ def begin(strategy: str | None = None, *, new: bool = False) -> Run:
 
         if first:
             training.configure(run._expected(), os.environ)
+    elif run.strategy == "horovod":
+        from .training import horovod
+
+        if first:
+            horovod.begin(run._expected(), run.topology.rank, run.dir.id, os.environ, precision=run.precision)
     elif run.strategy is not None and first:
         from .training import tensorflow
 
@@ -297,9 +369,12 @@ def _under_worker(strategy: str | None, prepared: bootstrap.Bootstrap) -> Run:
     _record_facts(writer, prepared)
     atexit.register(writer.close)  # work that never calls finish()
     chosen = plan.strategy or strategy
+    tuning = plan.tuning.given
+    if "data_threads" in tuning:
+        tuning["data_threads"] = min(int(tuning["data_threads"]), prepared.threads.cores - 1)
     return Run(
         run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, writer,
-        plan.profile,
+        plan.profile, tuning,
     )  # fmt: skip
 
 
@@ -334,7 +409,7 @@ def _records(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
 
 
 def _restart() -> int:
-    return int(os.environ.get("HPCML_RESTART") or os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return int(os.environ.get("HPCML_RESTART") or rundir.restart_of(os.environ))
 
 
 def _finish_at_exit(run: Run, before: BaseException | None, pid: int) -> None:

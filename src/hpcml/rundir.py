@@ -81,6 +81,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def lease(self) -> Path:
+        """Which execution of the run trains and keeps checkpoints: it looks for the stop file by itself."""
+        return self.checkpoints / "lease.json"
+
+    @property
     def profile(self) -> Path:
         """Folder of the profiler's files."""
         return self.path / "profile"
@@ -205,6 +210,23 @@ def create(root: Path, name: str, stamp: float | None = None) -> RunDir:
         fix = "set HPCML_RUNS to a folder that you can write to, or free space"
         raise HpcmlError(f"no run directory can be made in {root}: {error.strerror}", fix=fix) from None
     raise HpcmlError(f"{root} holds 10,000 runs of one second named {name}", fix="hpcml runs prune")
+
+
+def restart_of(environment: Mapping[str, str]) -> int:
+    """How many times a run was begun before this: resumed by a person, and requeued by Slurm since."""
+    return int(environment.get("HPCML_RESUMED") or 0) + int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
+def heeds_stop(run: RunDir, restart: int) -> bool:
+    """Whether the work of a restart looks for the stop file, saves, and ends by itself."""
+    return bool(read_json(run.lease).get("restart") == restart)
+
+
+def kept_at(run: RunDir) -> tuple[int, int]:
+    """Return the restart and the step of a run's newest checkpoint; -1 and 0 where it has none."""
+    newest = max(run.checkpoints.glob("step-*/checkpoint.json"), default=None, key=lambda path: path.parent.name)
+    told = read_json(newest) if newest else {}
+    return told.get("restart", -1), told.get("place", {}).get("step", 0)
 
 
 def claim(run: RunDir, pid: int | None = None) -> None:

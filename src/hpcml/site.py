@@ -152,6 +152,13 @@ def expand(text: str, origin: str, project: Path) -> str:
     return re.sub(r"\$\{?(\w+)\}?", lambda match: variables[match[1]], text)
 
 
+def data_root(site: Site, project: Path) -> Path:
+    """Return the folder of data sets and weights: ``$HPCML_DATA``, else the site's."""
+    if os.environ.get("HPCML_DATA"):
+        return Path(os.environ["HPCML_DATA"]).expanduser().absolute()
+    return Path(expand(site.data, f"site {site.name}: data", project))
+
+
 def _from_tree(path: Path, tree: Mapping[str, Any], name: str) -> Site:
     problems: list[Problem] = []
     top = {f.name for f in fields(Site)} - {"name", "path"}

@@ -53,6 +53,7 @@ def script(notebook: str, *, bare: bool) -> str:
     }
     if bare:  # hpcml stays for its data sets alone
         changes['run = hpcml.begin(strategy="original")\n'] = ""
+        changes["run.tuned("] = "dict("  # the defaults, which hold on the other side too
         changes["[*run.callbacks(global_batch=global_batch), Clock()]"] = "[Clock()]"
     for old, new in changes.items():
         if text.count(old) != 1:

@@ -71,7 +71,7 @@ def _template(name: str, kind: str, path: str, strategy: str | None) -> str:
     chosen = (
         f'strategy = "{strategy}"'
         if strategy
-        else '# strategy = "mirrored"        # original | mirrored | multiworker | ddp'
+        else '# strategy = "mirrored"        # original | mirrored | multiworker | ddp | horovod'
     )
     quoted = path.replace("\\", "\\\\").replace('"', '\\"')
     return f"""\
@@ -82,7 +82,7 @@ name     = "{name}"
 [resources]
 nodes          = 1
 gpus_per_node  = {2 if strategy else 0}
-tasks_per_node = 1
+tasks_per_node = {2 if strategy in ("ddp", "horovod") else 1}
 # cpus_per_task = 32              # default: the site's cores per GPU
 # mem_gb        = 32              # GiB a node
 time           = "00:30:00"

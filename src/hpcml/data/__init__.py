@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 from ..errors import HpcmlError, nearest
+from . import images as images  # hpcml.data.images: folders of images, weights files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,11 +20,13 @@ from .schema import (
     PRECISIONS,
     STRATEGIES,
     WORK_KEYS,
+    WORK_SETTINGS,
     Environment,
     Job,
     Resources,
     Scalar,
     SlurmOptions,
+    Tuning,
 )
 from .tree import assign, merge_chain, setting, typed_like
 
@@ -39,7 +41,9 @@ __all__ = [
     "STRATEGIES",
     "Scalar",
     "SlurmOptions",
+    "Tuning",
     "WORK_KEYS",
+    "WORK_SETTINGS",
     "clock",
     "from_tree",
     "load",
@@ -126,6 +130,7 @@ def from_tree(
         params=check.params(check.table(tree, "params")),
         slurm=checks.slurm(check, check.table(tree, "slurm")),
         env=checks.environment(check, check.table(tree, "env")),
+        tuning=checks.tuning(check, check.table(tree, "tuning")),
         profile=checks.profile(check, tree),
         typed=dict(typed or {}),
         origins=dict(origins),

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import HpcmlError, Problem, nearest
 from .duration import seconds
 from .schema import (
+    GPU_THREAD_MODES,
     LONGEST_PROFILE,
     MOST,
     NAME_PATTERN,
@@ -17,6 +18,7 @@ from .schema import (
     Resources,
     Scalar,
     SlurmOptions,
+    Tuning,
 )
 
 
@@ -147,7 +149,11 @@ def resources(check: Checker, table: Mapping[str, Any]) -> Resources:
 def slurm(check: Checker, table: Mapping[str, Any]) -> SlurmOptions:
     """Take up the ``[slurm]`` table."""
     check.unknown(table, {f.name for f in fields(SlurmOptions)}, "slurm.")
-    texts = {f.name: check.text(table, f.name, "slurm.") for f in fields(SlurmOptions) if f.name != "extra"}
+    texts = {
+        f.name: check.text(table, f.name, "slurm.")
+        for f in fields(SlurmOptions)
+        if f.name not in ("extra", "max_requeues")
+    }
     extra = check.strings(table, "extra", "slurm.")
     for option in extra:
         if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\n\r]*)?", option):
@@ -155,7 +161,7 @@ def slurm(check: Checker, table: Mapping[str, Any]) -> SlurmOptions:
             check.add(
                 f"slurm.extra: {option!r} is not an option of sbatch", origin, 'long options, such as "--mail-type=END"'
             )
-    return SlurmOptions(**texts, extra=extra)
+    return SlurmOptions(**texts, extra=extra, max_requeues=check.count(table, "max_requeues", "slurm.", 0) or 0)
 
 
 def environment(check: Checker, table: Mapping[str, Any]) -> Environment:
@@ -178,6 +184,31 @@ def environment(check: Checker, table: Mapping[str, Any]) -> Environment:
         python=check.text(table, "python", "env."),
         modules=check.strings(table, "modules", "env."),
         vars=dict(variables),
+    )
+
+
+def tuning(check: Checker, table: Mapping[str, Any]) -> Tuning:
+    """Take up the ``[tuning]`` table."""
+    check.unknown(table, {f.name for f in fields(Tuning)}, "tuning.")
+    origin = {key: check.origins.get(f"tuning.{key}", f"tuning.{key}") for key in table}
+    jit, mode = table.get("jit_compile"), table.get("gpu_thread_mode")
+    if jit is not None and not isinstance(jit, bool):
+        check.add(f"tuning.jit_compile = {jit!r} is neither true nor false", origin["jit_compile"], "true or false")
+        jit = None
+    if mode is not None and mode not in GPU_THREAD_MODES:
+        fix = nearest(mode, GPU_THREAD_MODES) if isinstance(mode, str) else ""
+        what = f"tuning.gpu_thread_mode = {mode!r} is not known"
+        check.add(what, origin["gpu_thread_mode"], ", ".join(GPU_THREAD_MODES), fix)
+        mode = None
+    return Tuning(
+        intra_op_threads=check.count(table, "intra_op_threads", "tuning.", 1),
+        inter_op_threads=check.count(table, "inter_op_threads", "tuning.", 1),
+        omp_threads=check.count(table, "omp_threads", "tuning.", 1),
+        data_threads=check.count(table, "data_threads", "tuning.", 0),
+        prefetch=check.count(table, "prefetch", "tuning.", -1),
+        steps_per_execution=check.count(table, "steps_per_execution", "tuning.", 1),
+        jit_compile=jit,
+        gpu_thread_mode=mode,
     )
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 Scalar = str | int | float | bool
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PARAMETER_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-STRATEGIES = ("original", "mirrored", "multiworker", "ddp")
+STRATEGIES = ("original", "mirrored", "multiworker", "ddp", "horovod")
 KERAS_FLAVOURS = ("legacy", "3")
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 WORK_KEYS = ("notebook", "script", "command")
 MOST = 10**9  # of anything that is counted
+GPU_THREAD_MODES = ("global", "gpu_private", "gpu_shared")  # TensorFlow's TF_GPU_THREAD_MODE
 LONGEST_PROFILE = 200  # steps: a profile holds every operation of each of them
 
 
@@ -39,7 +40,13 @@ class Resources:
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """Where in the queue: passed to sbatch as they are; ``extra`` holds further options, one a string."""
+    """Where in the queue: passed to sbatch as they are.
+
+    Attributes:
+        extra: further options, one a string.
+        max_requeues: how often a run is put back into the queue to go on from its checkpoint: before its time limit, and
+            after a rank was killed. What Slurm requeues by itself (preemption, a lost node) goes on too.
+    """
 
     partition: str | None = None
     account: str | None = None
@@ -47,6 +54,7 @@ class SlurmOptions:
     constraint: str | None = None
     reservation: str | None = None
     extra: tuple[str, ...] = ()
+    max_requeues: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,40 @@ class Environment:
     python: str | None = None
     modules: tuple[str, ...] = ()
     vars: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings that change a training's speed and not what it computes, as ``hpcml tune`` writes them; None: the default.
+
+    Attributes:
+        intra_op_threads: threads within one operation of TensorFlow.
+        inter_op_threads: operations of TensorFlow or torch at once.
+        omp_threads: threads of OpenMP and the BLAS libraries; within one operation of torch.
+        data_threads: threads or worker processes that only the input pipeline has; 0 for none of its own.
+        prefetch: batches that are made ready ahead; -1 leaves their number to ``tf.data``.
+        steps_per_execution: training steps in one call of Keras's graph.
+        jit_compile: whether XLA compiles the training step.
+        gpu_thread_mode: whose threads launch a GPU's kernels; unused where there is none.
+    """
+
+    intra_op_threads: int | None = None
+    inter_op_threads: int | None = None
+    omp_threads: int | None = None
+    data_threads: int | None = None
+    prefetch: int | None = None
+    steps_per_execution: int | None = None
+    jit_compile: bool | None = None
+    gpu_thread_mode: str | None = None
+
+    @property
+    def given(self) -> dict[str, Scalar]:
+        """The settings that are not left to their defaults."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+# Of these the work itself must ask, by ``run.tuned``; the others are set before it starts.
+WORK_SETTINGS = ("data_threads", "prefetch", "steps_per_execution", "jit_compile")
 
 
 @dataclass(frozen=True)
@@ -87,6 +129,7 @@ class Job:
     params: Mapping[str, Scalar] = field(default_factory=dict)
     slurm: SlurmOptions = SlurmOptions()
     env: Environment = Environment()
+    tuning: Tuning = Tuning()
     profile: tuple[int, int] | None = None
     typed: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,9 @@ from ..job import clock
 from ..plan import Plan
 from ..site import Site
 
+# Before the time limit, in seconds, that ranks are warned. Slurm may do it up to 60 s earlier (sbatch(1), --signal).
+SIGNAL_S = 120
+
 _HEADER = """\
 #!/bin/bash
 # {title}
@@ -202,11 +205,23 @@ def directives(plan: Plan) -> list[str]:
         ("constraint", slurm.constraint),
         ("reservation", slurm.reservation),
         ("output", "slurm-%j.out"),
+        *_again(plan),
     ]
-    lines = [f"#SBATCH --{key}={_word(str(value))}\n" for key, value in options if value is not None]
+    lines = [f"#SBATCH --{key}{_given(value)}\n" for key, value in options if value is not None]
     return lines + [
         f"#SBATCH {key}{'=' if given else ''}{_word(value)}\n" for key, given, value in map(_split, slurm.extra)
     ]
+
+
+def _again(plan: Plan) -> list[tuple[str, object]]:
+    """What lets a job be requeued: a warning to its steps before the time limit, and a log that is not begun anew."""
+    if not plan.slurm.max_requeues:
+        return []
+    return [("requeue", ""), ("open-mode", "append"), ("signal", f"USR2@{min(SIGNAL_S, plan.time_s // 2)}")]
+
+
+def _given(value: object) -> str:
+    return f"={_word(str(value))}" if value != "" else ""
 
 
 def _split(option: str) -> tuple[str, str, str]:

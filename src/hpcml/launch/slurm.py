@@ -33,7 +33,7 @@ def submit(plan: Plan, site: Site, script: str) -> tuple[RunDir, int]:
     run = rundir.create(root, plan.name)
     try:
         provision.fill(run, plan, packed=True)
-        return run, _queue(run, plan, script)
+        return run, queue(run, plan, script)
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -49,7 +49,7 @@ def submit_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> tuple[
         for plan in plans:
             child = run.child(plan.name).make()
             provision.fill(child, plan, packed=True)
-        return run, _queue(run, parent, sbatch.render_comparison(parent, plans, site))
+        return run, queue(run, parent, sbatch.render_comparison(parent, plans, site))
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -63,7 +63,12 @@ def environment_for(run: RunDir, plan: Plan, environment: Mapping[str, str] | No
     return {name: value for name, value in outer.items() if name != "CUDA_VISIBLE_DEVICES"} | own
 
 
-def _queue(run: RunDir, plan: Plan, script: str) -> int:
+def queue(run: RunDir, plan: Plan, script: str) -> int:
+    """Submit a script from a run's directory, which keeps it; returns Slurm's job id.
+
+    Raises:
+        HpcmlError: sbatch refused.
+    """
     rundir.write_bytes(run.script, script.encode())
     folder = str(run.logs).replace("%", "%%")  # sbatch(1), FILENAME PATTERN
     output = f"--output={folder}/slurm-%j.out"

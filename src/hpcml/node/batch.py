@@ -9,15 +9,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import facts, job, plan, provision, rundir, site
-from ..errors import HpcmlError
+from ..errors import STOPPED, HpcmlError
 from ..rundir import RunDir
+from ..slurm import commands
 from . import ending
 
 # The last delivery of a job that delivers itself: the end marker and the files. What is late stays for `hpcml sync`.
 FINAL_DELIVERY_S = 60
+_STATES = {0: "COMPLETED", STOPPED: "CANCELLED"}  # it was asked to stop, and did
 
 
 def open_run(
@@ -33,7 +37,7 @@ def open_run(
     decided = plan.resolve(wanted, where, facts.gather(wanted, where, ask_queue=False))
     root = rundir.runs_root(where, wanted.project)
     job_id = int(os.environ.get("SLURM_JOB_ID", "0") or 0)
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0):
+    if rundir.restart_of(os.environ):
         earlier = next((run for run in rundir.every(root) if rundir.slurm_job_id(run) == job_id), None)
         if earlier:
             return earlier
@@ -49,14 +53,14 @@ def forget_earlier(run: RunDir, restart: int) -> None:
         run.status.unlink(missing_ok=True)
 
 
-def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[str, object]:
+def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[str, Any]:
     """Write the end marker from the ranks' markers and return it.
 
     ``final`` tells whether the marker decides the state: it does where no stop signal came before the end and no rank
     was killed; otherwise Slurm knows better (CANCELLED, TIMEOUT, PREEMPTED, OUT_OF_MEMORY, …), also of work that
     answered TERM with exit code 0. USR2 is a warning only: work that ends well after it is COMPLETED.
     """
-    restart, now = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0), time.time()
+    restart, now = rundir.restart_of(os.environ), time.time()
     ranks = [rundir.read_json(path) for path in sorted(run.path.glob("status.*.json"))]
     ranks = [rank for rank in ranks if rank.get("restart", 0) == restart]
     plan_data = rundir.read_json(run.plan)
@@ -75,10 +79,10 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
     if failed:
         exit_code = int(failed["exit_code"])
     killed = exit_code == 137
-    ended: dict[str, object] = {
-        "state": "COMPLETED" if exit_code == 0 else "FAILED",
+    ended: dict[str, Any] = {
+        "state": _STATES.get(exit_code, "FAILED"),
         "exit_code": exit_code,
-        "final": not (signal or killed) or (exit_code == 0 and str(signal).endswith("USR2")),
+        "final": not (signal or killed) or (exit_code in (0, STOPPED) and str(signal).endswith("USR2")),
         "reason": failed.get("reason", "") if failed else "",
         "failed_rank": failed["rank"] if failed else None,
         "signal": signal,
@@ -91,6 +95,43 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
     }
     rundir.write_json(run.status, ended)
     return ended
+
+
+def goes_on(run: RunDir, marker: Mapping[str, Any]) -> bool:
+    """Whether a run is to be put back into the queue: stopped before its time limit, or a rank killed, and it came further.
+
+    Work that failed would fail again. After a TERM a job that Slurm cancels, or whose time is over, stays so; one that still
+    runs is preempted, and would be requeued by Slurm if it had not stopped first.
+    """
+    plan_data = rundir.read_json(run.plan)
+    if "/" in run.id or plan_data.get("work") in ("comparison", "function"):
+        return False  # a part of a job, which is more than this run
+    most = plan_data.get("slurm", {}).get("max_requeues", 0)
+    warned = marker["signal"] in ("USR2", "SIGUSR2") and marker["exit_code"] in (STOPPED, 137)
+    killed = marker["exit_code"] == 137 and not marker["signal"]
+    if rundir.kept_at(run)[0] != marker["restarts"]:
+        return False
+    preempted = marker["exit_code"] == STOPPED and marker["signal"] in ("TERM", "SIGTERM") and _still_runs()
+    return preempted or (marker["restarts"] < most and (warned or killed))
+
+
+def _still_runs() -> bool:
+    with contextlib.suppress(HpcmlError):
+        known = commands.job_state(os.environ["SLURM_JOB_ID"])
+        return known is not None and known.state == "RUNNING"
+    return False
+
+
+def _requeue(run: RunDir, marker: Mapping[str, Any]) -> None:
+    """Put the job back into the queue; where Slurm refuses, the run has ended."""
+    restart, step = marker["restarts"], rundir.kept_at(run)[1]
+    rundir.write_json(run.status, {**marker, "final": False})
+    print(f"hpcml: run {run.id} is requeued (restart {restart + 1}) and goes on from step {step}", flush=True)
+    try:
+        commands.requeue(os.environ["SLURM_JOB_ID"])
+    except HpcmlError as error:
+        rundir.write_json(run.status, marker)
+        print(f"hpcml: {error}", file=sys.stderr, flush=True)
 
 
 def _report(run: RunDir) -> None:
@@ -121,7 +162,10 @@ def main() -> int:
             print(open_run(asked.job, asked.site, values.get("params", {}), values.get("settings", {})).id)
             return 0
         run = current_run()
-        close_run(run, asked.exit_code, asked.signal or None)
+        marker = close_run(run, asked.exit_code, asked.signal or None)
+        if os.environ.get("SLURM_JOB_ID") and goes_on(run, marker):
+            _requeue(run, marker)
+            return 0
         from ..tracking import follow  # a submit has no use for it
 
         if delivery := follow.in_job(run):

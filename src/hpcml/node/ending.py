@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import rundir
+from ..errors import STOPPED
 from ..plan import NEVER_CHECKED, Plan
 from ..rundir import RunDir
 from ..tracking.journal import reader
@@ -19,7 +21,7 @@ _SAID = ("params", "replicas", "finish", "lost")
 # TensorFlow's collectives over gRPC; Horovod.
 _LOST_PEER = re.compile(
     r"closed by peer|reset by peer|failed to recv, got 0 bytes|Was the remote server|remote server shutdown"
-    r"|ncclRemoteError|remote process exit|Collective ops is aborted|UnavailableError|HorovodInternalError"
+    r"|ncclRemoteError|remote process exit|Horovod has been shut down|Collective ops is aborted|UnavailableError|HorovodInternalError"
 )
 
 
@@ -28,6 +30,9 @@ def judged(run: RunDir, plan: Plan, rank: int, restart: int, code: int) -> tuple
 
     A strategy that nobody checked may be several tasks that each trained the whole job: that is a failure.
     """
+    if code == STOPPED and rundir.heeds_stop(run, restart):
+        last = [line for line in rundir.last_lines(run.log(rank), 50) if line.startswith("hpcml: stopped by ")]
+        return code, last[-1].removeprefix("hpcml: ") if last else "stopped as it was asked to"
     if code:
         return code, last_words(run.log(rank), code)
     own = [record for record in records_of(run, rank, restart) if record["writer"] == "rank"]
@@ -74,6 +79,8 @@ def last_words(log: Path, code: int) -> str:
         return f"killed by {name}{' (often out of memory)' if name == 'SIGKILL' else said}"[:300]
     lines = [re.sub(r"^(\[rank\d+\]: )?([a-z_]\w*\.)*(?=[A-Z]\w*(Error|Exception)\b)", "", line) for line in lines]
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
+    if errors and (lost := next((line for line in lines if line.startswith("Horovod has been shut down")), "")):
+        return f"{errors[-1]} {lost}"[:300]  # Keras says only that its graph failed
     said = f"; its last line: {lines[-1]}" if lines else ""
     return (errors[-1] if errors else f"exit code {code}{said}")[:300]
 

@@ -1,14 +1,23 @@
 """Threads from cpus-per-task and affinity, set before any framework is imported. Standard library only.
 
-One task runs at most as many threads at once as it has cores. A user's own value wins. TensorFlow reads its two
-variables when it starts; ``inter`` is kept at 2 because operations that wait for other ranks must not block the one
-thread that would feed them, and the work itself runs in ``intra``.
+One task runs at most as many threads at once as it has cores. A user's own variable wins over the job's ``[tuning]``,
+and that over what is chosen here. TensorFlow reads its two variables when it starts; ``inter`` is kept at 2 because
+operations that wait for other ranks must not block the one thread that would feed them, and the work itself runs in
+``intra``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_MATH = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+from ..job import Tuning
+
+_MATH = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+INTRA, INTER, GPU_MODE = "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "TF_GPU_THREAD_MODE"
+# One operation may wait for other ranks; the second feeds them.
+LEAST_INTER = 2
+# Variable → the setting of [tuning] that it comes from.
+SETTINGS = {**dict.fromkeys(_MATH, "omp_threads"), INTRA: "intra_op_threads", INTER: "inter_op_threads"}
+_DEFAULT = Tuning()
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Threads:
     origins: Mapping[str, str]
 
 
-def choose(environment: Mapping[str, str], affinity: int, local_world: int, *, on_gpu: bool) -> Threads:
+def choose(
+    environment: Mapping[str, str], affinity: int, local_world: int, *, on_gpu: bool, tuning: Tuning = _DEFAULT
+) -> Threads:
     """Choose a task's threads.
 
     Args:
@@ -37,6 +48,7 @@ def choose(environment: Mapping[str, str], affinity: int, local_world: int, *, o
         local_world: tasks on this node.
         on_gpu: whether the task computes on GPUs; each then gets two launch threads of its own
             (tensorflow.org/guide/gpu_performance_analysis, gpu_private).
+        tuning: the job's own settings; never more threads than cores, whatever they say.
     """
     asked = environment.get("HPCML_CPUS_PER_TASK") or environment.get("SLURM_CPUS_PER_TASK") or ""
     if asked.isdecimal() and 0 < int(asked) <= affinity:
@@ -44,13 +56,30 @@ def choose(environment: Mapping[str, str], affinity: int, local_world: int, *, o
     else:
         cores = max(1, affinity // local_world)
         origin = f"affinity: {affinity} cores for {local_world} task{'s' if local_world > 1 else ''}"
-    variables = {name: str(cores) for name in _MATH}
-    variables["TF_NUM_INTEROP_THREADS"] = "2"
+    data = min(tuning.data_threads or 0, cores - 1)
+    variables = {name: str(cores - data) for name in (*_MATH, INTRA)}
+    variables[INTER] = str(LEAST_INTER)
     if on_gpu:
-        variables |= {"TF_GPU_THREAD_MODE": "gpu_private", "TF_GPU_THREAD_COUNT": "2"}
+        variables |= {GPU_MODE: "gpu_private", "TF_GPU_THREAD_COUNT": "2"}
     origins = dict.fromkeys(variables, origin)
-    origins["TF_NUM_INTEROP_THREADS"] = "default"
+    origins[INTER] = "default"
+    if data:
+        origins |= dict.fromkeys((*_MATH, INTRA), f"{origin}; less {data} for data")
+    for name, value in _tuned(tuning, cores, data, on_gpu).items():
+        variables[name], origins[name] = value, "tuning"
     for name in variables:
         if environment.get(name):
             variables[name], origins[name] = environment[name], "environment"
     return Threads(cores, origin, variables, origins)
+
+
+def _tuned(tuning: Tuning, cores: int, data: int, on_gpu: bool) -> dict[str, str]:
+    """The variables that the job's settings give, capped to the cores that the threads of the input leave."""
+    given = tuning.given
+    most = {INTER: max(LEAST_INTER, cores)}
+    chosen = {
+        name: str(min(int(given[key]), most.get(name, cores - data))) for name, key in SETTINGS.items() if key in given
+    }
+    if on_gpu and tuning.gpu_thread_mode:
+        chosen[GPU_MODE] = tuning.gpu_thread_mode
+    return chosen

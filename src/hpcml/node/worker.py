@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 from .. import rundir
-from ..errors import HpcmlError
+from ..errors import STOPPED, HpcmlError
 from ..plan import Plan, from_json
 from ..rundir import RunDir
 from ..tracking import provenance
@@ -27,6 +27,9 @@ from .beside import beside
 
 # After TERM the work has this long before KILL; Slurm's own KillWait is 30 s by default.
 GRACE_S = 20
+# After USR2, which comes SIGNAL_S before the time limit, a training has this long to come to a step or epoch at which it
+# can save; then it is ended at the checkpoint that it has, and the job has the rest to be requeued in.
+STOP_S = 60
 # The conversion ends itself after 60 s.
 PROFILE_S = 90
 _POLL_S = 0.2
@@ -41,10 +44,14 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 def run_rank(run: RunDir, plan: Plan) -> int:
     """Run one rank of a plan and return its exit code."""
     started = time.time()
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    restart = rundir.restart_of(os.environ)
     rank = int(os.environ.get("HPCML_RANK") or os.environ.get("SLURM_PROCID") or 0)
     log = open(run.log(rank), "ab", buffering=0)  # noqa: SIM115 - open until the process ends
     reason, code = "", 2
+    if plan.work != "function":  # submitit answers USR2 by itself
+        # Slurm sends USR2 to every process of a step, and it ends those that don't expect it. Blocked before there are
+        # threads, it stays so in the work, and waits for this process until the work is there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     batch.forget_earlier(run, restart)
     try:
         environment = {**os.environ, **plan.env.vars, "HPCML_RESTART": str(restart), "PYTHONUNBUFFERED": "1"}
@@ -73,7 +80,7 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     if code and ending.lost_its_peer(reason):
         _wait_for_the_cause(run, restart)
     cleared_away = code == 143 and rundir.read_json(run.stop).get("restart") == restart
-    if code and rank and not cleared_away:
+    if code and rank and not cleared_away and code != STOPPED:
         print(f"hpcml: rank {rank} failed: {reason}\n  its log: {run.log(rank)}", file=sys.stderr, flush=True)
     return code
 
@@ -123,7 +130,8 @@ def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes],
         raise HpcmlError(
             f"{words[0]} can't be started: {error.strerror}", fix="check the job's command and [env]"
         ) from None
-    _forward(run, child, int(environment["HPCML_RESTART"]))
+    _forward(run, child, int(environment["HPCML_RESTART"]), plan.slurm.max_requeues)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
     ended: list[float] = []
     try:
         for chunk in _output(run, child, ended):
@@ -191,8 +199,11 @@ def _show(text: bytes) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
+def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int, requeues: int) -> None:
     """Turn signals into a stop file; the first TERM or INT also reaches the child's whole group, KILL follows after a while.
+
+    USR2 is a warning. Work that keeps checkpoints stops by itself after it, or is ended at its last one in time for the job
+    to be requeued.
 
     Slurm sends TERM twice on a cancel; passed on twice, the second would cut short the saving that the first began.
     """
@@ -203,17 +214,25 @@ def _forward(run: RunDir, child: subprocess.Popen[bytes], restart: int) -> None:
         if number != signal.SIGUSR2 and not ending:
             ending.append(number)
             _kill_group(child, signal.SIGTERM)
-            timer = threading.Timer(GRACE_S, _kill_group, (child, signal.SIGKILL))
-            timer.daemon = True
-            timer.start()
+            _later(GRACE_S, child)
+        elif number == signal.SIGUSR2 and restart < requeues and rundir.heeds_stop(run, restart):
+            _later(STOP_S, child)
         stop = rundir.read_json(run.stop)
-        if stop.get("restart") != restart or (stop.get("signal") == "SIGUSR2" and number != signal.SIGUSR2):
+        # A training that saves has stopped for the first of them; what comes then clears its ranks away.
+        graver = stop.get("signal") == "SIGUSR2" and number != signal.SIGUSR2 and not rundir.heeds_stop(run, restart)
+        if stop.get("restart") != restart or graver:
             with contextlib.suppress(OSError):
                 name = signal.Signals(number).name
                 rundir.write_json(run.stop, {"signal": name, "time": now, "restart": restart})
 
     for number in _FORWARDED:
         signal.signal(number, handler)
+
+
+def _later(seconds: float, child: subprocess.Popen[bytes]) -> None:
+    timer = threading.Timer(seconds, _kill_group, (child, signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
 
 
 def _kill_group(child: subprocess.Popen[bytes], number: int) -> None:
@@ -223,7 +242,7 @@ def _kill_group(child: subprocess.Popen[bytes], number: int) -> None:
 
 def _saves(run: RunDir, child: subprocess.Popen[bytes]) -> bool:
     """Whether a run that was asked to stop still has processes: a shell dies of TERM at once, the training in it saves."""
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    restart = rundir.restart_of(os.environ)
     if not _told_to_end(run, restart) or time.time() > rundir.read_json(run.stop)["time"] + GRACE_S:
         return False
     try:

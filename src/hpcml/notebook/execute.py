@@ -3,25 +3,27 @@
     python -m hpcml.notebook.execute INPUT OUTPUT [--parameters FILE] [--cwd DIR]
                                      [--run-root ROOT --run-id ID --rank N --restart N]
 
-Exit codes: 0 done, 1 a cell failed or the kernel died, 2 the input is wrong, 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 a cell failed or the kernel died, 2 the input is wrong, 75 a training saved and stopped as it was
+asked to, 130 and 143 stopped by SIGINT and SIGTERM.
 A failure is three lines on stderr; the traceback is in the log, which is stdout.
 """
 
 import argparse
+import functools
 import json
 import logging
 import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..errors import INTERRUPTED, HpcmlError, JobFailed, Problem, nearest
+from ..errors import INTERRUPTED, HpcmlError, JobFailed, Problem, Stopped, nearest
 from ..facts import declared_parameters
-from ..rundir import RunDir
+from ..rundir import RunDir, heeds_stop
 from ..tracking.journal import Journal
 
 # A Python environment on a parallel file system, cold, may take minutes to import.
@@ -29,7 +31,13 @@ START_TIMEOUT_S = 300
 
 
 def execute(
-    notebook: Path, output: Path, parameters: Mapping[str, Any], *, cwd: Path, journal: Journal | None = None
+    notebook: Path,
+    output: Path,
+    parameters: Mapping[str, Any],
+    *,
+    cwd: Path,
+    journal: Journal | None = None,
+    heeds: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run a notebook in a kernel of its own; its output appears live on stdout.
 
@@ -39,11 +47,14 @@ def execute(
         parameters: values for the cell tagged ``parameters``: None, bool, int, float, str, lists and dicts of these.
         cwd: the kernel's working directory.
         journal: gets a ``progress`` record at each code cell.
+        heeds: whether what runs in a cell is asked to stop by other means too, and then ends by itself.
 
     Raises:
         JobFailed: a cell failed, the kernel died, or it never answered. The output notebook shows how far it came.
         HpcmlError: the notebook, a parameter, the environment or the output's folder is wrong.
-        KeyboardInterrupt: SIGINT. SystemExit: SIGTERM, with code 143. The output notebook is written first.
+        KeyboardInterrupt: SIGINT.
+        SystemExit: SIGTERM, with code 143; with 75, Stopped: a training saved and stopped as it was asked to. The output
+            notebook is written first.
     """
     node = _read(notebook)
     if not cwd.is_dir():
@@ -64,7 +75,7 @@ def execute(
     logging.getLogger("papermill").addHandler(logging.NullHandler())
     logging.getLogger("papermill").propagate = False
     papermill_engines.register("hpcml", HpcmlEngine)  # also where hpcml is imported without being installed
-    session = Session(str(notebook), Output(output.absolute()), cwd.absolute(), journal)
+    session = Session(str(notebook), Output(output.absolute()), cwd.absolute(), journal, heeds=heeds)
     try:
         papermill.execute_notebook(
             node, None, dict(parameters), engine_name="hpcml", progress_bar=False, start_timeout=START_TIMEOUT_S,
@@ -73,6 +84,8 @@ def execute(
     except PapermillExecutionError as error:
         assert session.output is not None
         session.output.write()  # again, with the marker that papermill has put in by now
+        if error.ename == Stopped.__name__:
+            raise Stopped(error.evalue) from None
         raise _failed(error, session, output) from None
 
 
@@ -170,12 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     given = _arguments(argv)
-    journal = None
+    journal, heeds = None, functools.partial(bool, 0)
     try:
         if given.run_root and given.run_id:
             run = RunDir(given.run_root, given.run_id)
             journal = Journal(run.event_file(given.rank, given.restart, "engine"))
-        execute(given.input, given.output, _read_parameters(given.parameters), cwd=given.cwd, journal=journal)
+            heeds = functools.partial(heeds_stop, run, given.restart)
+        parameters = _read_parameters(given.parameters)
+        execute(given.input, given.output, parameters, cwd=given.cwd, journal=journal, heeds=heeds)
     except HpcmlError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
-from ..errors import JobFailed, Problem
+from ..errors import JobFailed, Problem, Stopped
 from ..tracking.journal import Journal
 from . import kernel as kernels
 from .live import Log, Output, joined
 
 # After an interrupt a cell has this long to end; Slurm kills 30 s (KillWait) after it asked.
 GRACE_S = 5.0
+# A training that looks for the stop file by itself has this long to come to a step on which all ranks agree, and to save.
+HEED_S = 12.0
 # Outputs still under way when a cell's reply is here: a flood of text takes a while to arrive.
 _OUTPUT_TIMEOUT_S = 60
 # Messages that may wait for us: at ZeroMQ's default of 1,000 a cell that prints 30,000 lines lost a third of them.
@@ -63,6 +65,7 @@ class Session:
     journal: Journal | None = None
     cells: dict[int, Cell] = field(default_factory=dict)
     current: Cell | None = None
+    heeds: Callable[[], bool] = lambda: False
 
 
 def number_cells(nb: Any) -> dict[int, Cell]:
@@ -129,7 +132,7 @@ class Execution:
         self.options: dict[str, Any] = {"timeout": execution_timeout, "files": files}
         self.step: asyncio.Task[Any] | None = None
         self.stopped_by: signal.Signals | None = None
-        self.unresponsive = False
+        self.unresponsive = self.saved = False
 
     async def run(self) -> None:
         log = logging.getLogger("hpcml.kernel")
@@ -147,7 +150,7 @@ class Execution:
                 await kernels.stop(self.kernel, self.client.kc, now=self.unresponsive)
                 if saving:
                     saving.cancel()
-        if self.stopped_by:
+        if self.stopped_by and not self.saved:
             raise self._stopped(self.stopped_by)
 
     async def _start(self) -> None:
@@ -182,6 +185,7 @@ class Execution:
             try:
                 await self._while_not_stopped(self.client.async_execute_cell(cell, index))
             except (CellExecutionError, DeadKernelError, CellTimeoutError) as error:
+                self.saved = getattr(error, "ename", "") == Stopped.__name__
                 if not isinstance(error, CellExecutionError):
                     cell.outputs.append(await self._ended(error))
                 self.marks.cell_exception(cell, cell_index=index)
@@ -234,6 +238,10 @@ class Execution:
             self._give_up()
 
     async def _interrupt(self) -> None:
+        if self.step and self.session.heeds():
+            await asyncio.wait([self.step], timeout=HEED_S)
+            if self.step.done():
+                return
         with contextlib.suppress(RuntimeError):  # the kernel may have had the signal too
             await self.kernel.interrupt_kernel()
         await asyncio.sleep(GRACE_S)

@@ -170,6 +170,17 @@ def cancel(job_id: int | str) -> None:
         raise HpcmlError(f"scancel refused: {_words(done)}", fix="hpcml status shows the job")
 
 
+def requeue(job_id: int | str) -> None:
+    """Put a job back into the queue, from within it too: it is ended, and starts anew.
+
+    Raises:
+        HpcmlError: scontrol refused, in Slurm's own words.
+    """
+    done = _call(["scontrol", "requeue", str(job_id)], check=False)
+    if done.returncode:
+        raise HpcmlError(f"scontrol requeue refused: {_words(done)}", fix="hpcml resume RUN submits it again")
+
+
 def _words(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.split("error: ", 1)[-1].strip() for line in done.stderr.splitlines() if line.strip()]
     fatal = [line for line in lines if "fatal: " in line]

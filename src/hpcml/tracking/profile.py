@@ -260,7 +260,11 @@ def _say_none(run: RunDir, records: list[dict[str, Any]]) -> None:
     if not asked or any(r["kind"] == "message" and "no profile" in str(r.get("text")) for r in records):
         return
     restart = max((r["restart"] for r in records), default=0)
-    loop = "for batch in run.steps(loader)" if plan.get("strategy") == "ddp" else "fit(callbacks=run.callbacks())"
+    loop = (
+        "for batch in run.steps(loader)"
+        if plan.get("strategy") in ("ddp", "horovod")
+        else "fit(callbacks=run.callbacks())"
+    )
     text = f"no profile of steps {asked[0]} to {asked[1]}: no {loop} came to them"
     journal.Journal(run.event_file(0, restart, "profile")).message("warning", text)
     print(f"hpcml: {text}", file=sys.stderr, flush=True)

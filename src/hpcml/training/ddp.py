@@ -1,16 +1,20 @@
 """What makes several torch processes one training: equal weights, a shared batch, a stop that all agree on.
 
-Each check names the ranks and what to do. torch is imported inside the functions.
+Under ``fully_shard`` each rank has a part of the weights: ``fsdp`` says what is compared then. Each check names the ranks
+and what to do. How ranks tell one another numbers is a strategy's own: ``Ranks``. torch is
+imported inside the functions.
 """
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import rundir
 from ..errors import HpcmlError
+from . import fsdp
 from .common import Expected, length
 
 if TYPE_CHECKING:
@@ -24,32 +28,63 @@ _DDP = "torch.nn.parallel.DistributedDataParallel"
 def weights_hash(model: "torch.nn.Module") -> bytes:
     """Return 8 bytes that stand for the parameters, in order, with types and shapes.
 
-    Buffers are left out: the running means of BatchNorm are each rank's own between two broadcasts.
+    Buffers are left out: the running means of BatchNorm are each rank's own between two broadcasts. A collective where
+    ``fully_shard`` has shared the parameters out.
     """
-    import torch
-
     digest = hashlib.sha256()
+    fsdp.reshard(model)
     for parameter in model.parameters():
-        values = parameter.detach().cpu().contiguous()
-        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        digest.update(f"{parameter.dtype}{tuple(parameter.shape)}".encode())
+        if not fsdp.is_part(parameter):
+            digest.update(fsdp.content(parameter))
+    if parts := list(filter(fsdp.is_part, model.parameters())):
+        digest.update(fsdp.parts_hash(parts, gather))
     return digest.digest()[:8]
 
 
-def same_weights(model: "torch.nn.Module", group: Any = None) -> list[bool]:
-    """Return for each rank of a group whether its weights are rank 0's, bit for bit. A collective: call it on all ranks.
+Gather = Callable[[Sequence[int]], list[list[int]]]
 
-    All-reduce gives every rank the same bits, and so does the optimizer's step after it.
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a strategy.
+
+    Attributes:
+        strategy: its name.
+        gather: a collective that returns each rank's numbers (int64), by rank; only this process's where it is alone.
+        check: raises where the ranks can't be one training, before its first step.
+        fix: what to do where their weights differ.
     """
+
+    strategy: str
+    gather: Gather
+    check: Callable[[Expected, "torch.nn.Module"], None]
+    fix: str
+
+
+def gather(values: Sequence[int], group: Any = None) -> list[list[int]]:
+    """Return the numbers of every rank of a process group, by rank; only this process's without a group."""
     import torch
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return [True]
-    mine = torch.frombuffer(bytearray(weights_hash(model)), dtype=torch.int64).to(collective_device(group))
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.int64, device=collective_device(group))
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
-    hashes = [int(one.item()) for one in found]
+    return [one.tolist() for one in found]
+
+
+def same_weights(model: "torch.nn.Module", group: Any = None, told_by: Gather | None = None) -> list[bool]:
+    """Return for each rank of a group whether its weights are rank 0's, bit for bit. A collective: call it on all ranks.
+
+    All-reduce gives every rank the same bits, and so does the optimizer's step after it.
+
+    Args:
+        told_by: another strategy's ``gather``; the process group then doesn't count.
+    """
+    mine = [int.from_bytes(weights_hash(model), "little", signed=True)]
+    hashes = told_by(mine) if told_by else gather(mine, group)
     return [one == hashes[0] for one in hashes]
 
 
@@ -66,7 +101,7 @@ def check_weights(model: "torch.nn.Module", group: Any = None, *, step: int | No
     raise_unless_same(same_weights(model, group), step)
 
 
-def raise_unless_same(same: Sequence[bool], step: int | None) -> None:
+def raise_unless_same(same: Sequence[bool], step: int | None, strategy: str = "ddp", fix: str = "") -> None:
     others = [rank for rank, equal in enumerate(same) if not equal]
     if not others:
         return
@@ -75,9 +110,8 @@ def raise_unless_same(same: Sequence[bool], step: int | None) -> None:
     raise HpcmlError(
         f"the weights of rank{'' if one else 's'} {', '.join(map(str, others))} differ from rank 0's{when}: "
         "the gradients are not averaged, each trains by itself",
-        origin='strategy "ddp"',
-        fix=f"model = {_DDP}(model), call that and not model.module, give the optimizer its parameters, change no weights by "
-        "hand on one rank",
+        origin=f'strategy "{strategy}"',
+        fix=fix or DDP.fix,
     )
 
 
@@ -100,13 +134,27 @@ def check_ranks(expected: Expected, model: "torch.nn.Module") -> None:
             origin='strategy "ddp"',
             fix='torch.distributed.init_process_group("nccl" or "gloo") after hpcml.begin(), without rank and world_size',
         )
-    if world > 1 and not any(isinstance(part, DistributedDataParallel) for part in model.modules()):
-        fix = f"model = {_DDP}(model), and hand that to run.epochs()"
+    fsdp.reshard(model)
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if world > 1 and not wrapped and not any(map(fsdp.is_part, model.parameters())):
+        fix = f"model = {_DDP}(model), or torch.distributed.fsdp.fully_shard(model), and hand that to run.epochs()"
         raise HpcmlError(f"{alone}: the model is not wrapped", origin='strategy "ddp"', fix=fix)
-    places = {parameter.device.type for parameter in model.parameters()}
+    fsdp.check_meshes(model, world)
+    # With CPUOffloadPolicy the parts lie in the host's memory, and the mesh says where they are computed with.
+    parameters = list(model.parameters())
+    places = {p.device_mesh.device_type if fsdp.is_part(p) else p.device.type for p in parameters}
     if not expected.virtual and expected.gpus_per_task and places != {"cuda"}:
         fix = "model.to(run.device) before it is wrapped"
         raise HpcmlError(f"the model is on {', '.join(sorted(places))}, this task was given a GPU", fix=fix)
+
+
+DDP = Ranks(
+    "ddp",
+    gather,
+    check_ranks,
+    f"model = {_DDP}(model), call that and not model.module, give the optimizer its parameters, change no weights by "
+    "hand on one rank; fully_shard(model) leaves no parameter out",
+)
 
 
 def check_batch(global_batch: int, world: int, a_rank: int | None = None) -> None:
@@ -161,9 +209,9 @@ def check_loader(loader: Any, global_batch: int, world: int) -> str:
 class Stop:
     """Whether a run is asked to stop, agreed by all ranks on the same step."""
 
-    def __init__(self, path: Path, restart: int = 0, period_s: float = STOP_PERIOD_S) -> None:
+    def __init__(self, path: Path, restart: int = 0, period_s: float = STOP_PERIOD_S, gather: Gather = gather) -> None:
         """Args: path: the run's stop file, which counts for this restart only. period_s: how often to look, about."""
-        self._path, self._restart, self._period_s = path, restart, period_s
+        self._path, self._restart, self._period_s, self._gather = path, restart, period_s, gather
         self._step, self._last, self._next = 0, 0, 1
         self._since = time.perf_counter()
         self.agreed = False
@@ -178,7 +226,8 @@ class Stop:
         # At most twice as many as the last time: the first steps say little about the others.
         every = max(1, min(2 * steps, int(self._period_s * steps / max(now - self._since, 1e-9))))
         here = rundir.read_json(self._path).get("restart") == self._restart
-        self.agreed, every = _agree(here, every)
+        told = self._gather([int(here), every])
+        self.agreed, every = any(stop for stop, _ in told), min(steps for _, steps in told)
         self._last, self._next, self._since = self._step, self._step + every, now
         return self.agreed
 
@@ -186,19 +235,6 @@ class Stop:
     def signal(self) -> str:
         """What asked, as far as this rank can see."""
         return str(rundir.read_json(self._path).get("signal", "another rank's stop file"))
-
-
-def _agree(here: bool, every: int) -> tuple[bool, int]:
-    """Return whether any rank is asked to stop, and the smallest number of steps until the next look."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return here, every
-    flags = torch.tensor([int(here), -every], dtype=torch.int64, device=collective_device())
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    stop, negative = flags.tolist()
-    return bool(stop), -negative
 
 
 def collective_device(group: Any = None) -> "torch.device":

@@ -55,7 +55,7 @@ class Recorder:
             "replicas",
             in_sync=in_sync,
             expected=expected_replicas(self._expected),
-            devices=_devices(strategy),
+            devices=devices_of(strategy),
             virtual=self._expected.virtual,
         )
         check_replicas(self._expected, in_sync)
@@ -163,7 +163,8 @@ class Recorder:
         return 0 if counter is None else int(counter.numpy())
 
 
-def _devices(strategy: Any) -> list[str]:
+def devices_of(strategy: Any) -> list[str]:
+    """Return the names of the devices that a strategy trains on."""
     import tensorflow as tf
 
     try:

@@ -182,15 +182,18 @@ def callbacks(
 
     from .recorder import Recorder
 
+    kind = Recorder
+    if expected.strategy == "horovod":
+        from .horovod_keras import ComparedRecorder
+
+        kind = ComparedRecorder
     base = tf.keras.callbacks.Callback  # Keras 2 and 3 each want their own, known only now
     legacy = base.__module__.startswith("tf_keras.")
     window = None
     if profile is not None and folder is not None:
         tool = profiler(folder, marks=not legacy) if rank == 0 else only_clock(wait_for)
         window = ProfiledSteps(journal, profile, tool, rank=rank, virtual=expected.virtual)
-    return [
-        type("Recorder", (Recorder, base), {"legacy": legacy})(journal, expected, global_batch, began, rank, window)
-    ]
+    return [type("Recorder", (kind, base), {"legacy": legacy})(journal, expected, global_batch, began, rank, window)]
 
 
 def profiler(folder: Path, *, marks: bool) -> Profiler:

@@ -9,17 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from ..errors import HpcmlError
+from ..errors import HpcmlError, Stopped
 from ..tracking.journal import Journal
+from .checkpoint import Place
 from .common import Expected, length, tell_epoch
-from .ddp import Stop, check_batch, check_loader, check_ranks, collective_device, raise_unless_same, same_weights
+from .ddp import DDP, Ranks, Stop, check_batch, check_loader, raise_unless_same, same_weights
 
 if TYPE_CHECKING:
     import torch
 
-    from . import torch_profile
+    from . import torch_checkpoint, torch_profile
 
 Batch = TypeVar("Batch")
 
@@ -46,7 +47,7 @@ def choose_device(expected: Expected, seen: int, *, built_with_cuda: bool = True
     origin = f"CUDA_VISIBLE_DEVICES={visible}" if visible is not None else "CUDA_VISIBLE_DEVICES is not set"
     if expected.gpus_per_task > 1:
         raise HpcmlError(
-            f"this process was given {expected.gpus_per_task} GPUs, but DistributedDataParallel takes one process for each",
+            f"this process was given {expected.gpus_per_task} GPUs, but {_named(expected)} takes one process for each",
             origin=origin,
             fix="as many tasks as GPUs: tasks_per_node = gpus_per_node in the job, srun --ntasks-per-node=…, or torchrun "
             "--nproc-per-node=…",
@@ -120,6 +121,8 @@ class Training:
         logged: Callable[[], Mapping[str, Any]] = dict,
         profile: tuple[int, int] | None = None,
         folder: Path | None = None,
+        ranks: Ranks = DDP,
+        keeper: "torch_checkpoint.Keeper | None" = None,
     ) -> None:
         """Check what can be known before the first step.
 
@@ -129,16 +132,19 @@ class Training:
             profile: first and last step to profile on rank 0, from 1 over the whole training; moved where it lies
                 outside. Steps of a profile are left out of the speed, except where they are all of an epoch.
             folder: for the profile; without it there is none.
+            ranks: how the ranks talk to one another.
+            keeper: of checkpoints; without it a training that is stopped just ends early.
 
         Raises:
             HpcmlError: this is no training by all ranks together, or the global batch can't be shared by them.
         """
-        check_ranks(expected, model)
+        ranks.check(expected, model)
         check_batch(global_batch, expected.world)
         self._journal, self._expected, self._place = journal, expected, place
         self._model, self._epochs, self._global_batch = model, epochs, global_batch
-        self._began, self._rank, self._logged = began, rank, logged
+        self._began, self._rank, self._logged, self._ranks = began, rank, logged, ranks
         self._step = self._epoch = 0
+        self._keeper, self._resumed = keeper, Place()
         self._loaders_checked = False
         # Steps and seconds that are not recorded yet, and how much of each the speed leaves out.
         self._trained = (0, 0.0, 0, 0.0)
@@ -154,17 +160,43 @@ class Training:
                 self._say("warning", text)
 
     def epochs(self) -> Iterator[int]:
-        """Yield the epochs' numbers, from 1; fewer where all ranks agreed to stop."""
-        for epoch in range(1, self._epochs + 1):
+        """Yield the epochs' numbers, from 1; fewer where all ranks agreed to stop, or a checkpoint has some of them."""
+        if self._keeper is None:
+            yield from self._epochs_to_come()
+            return
+        self._resume(self._keeper)
+        with self._keeper.heeding():
+            yield from self._epochs_to_come()
+
+    def _epochs_to_come(self) -> Iterator[int]:
+        for epoch in range(self._resumed.epoch + 1, self._epochs + 1):
             self._epoch = epoch
             yield epoch
             self._record()
             if epoch == 1 and self._step and self._step not in CHECKED_STEPS:
                 self._compare()
+            if self._keeper is not None and epoch < self._epochs:
+                self._keeper.end_epoch(Place(self._step, epoch))
             if self._rank == 0:
                 tell_epoch(self._journal, epoch, self._epochs, self._logged())
             if self.stop.agreed:
                 return
+
+    def _resume(self, keeper: "torch_checkpoint.Keeper") -> None:
+        self._resumed = keeper.resume()
+        self._step = self._resumed.step
+        if self._step:
+            self._compare()  # what each rank has loaded
+            if self._rank == 0:
+                self._say("info", f"goes on from {self._resumed}")
+
+    def _stop(self, keeper: "torch_checkpoint.Keeper", done: int) -> NoReturn:
+        """Save and leave the work, all ranks together; what comes after the loop is for a training that has ended."""
+        place = Place(self._step, self._epoch - 1, done)
+        kept = f"a checkpoint is kept at {place}" if keeper.save(place) else "the checkpoint before is kept"
+        text = f"stopped by {self.stop.signal} after step {self._step}; {kept}"
+        self._say("info", text)
+        raise Stopped(text)
 
     def steps(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield a loader's batches; a step is over when the next batch is asked for.
@@ -175,6 +207,9 @@ class Training:
         if not self._loaders_checked:
             self._check_loaders(loader)
         self._synchronize()
+        skipped = self._resumed.batch if self._epoch == self._resumed.epoch + 1 else 0
+        if self._keeper is not None:
+            loader = self._keeper.batches(loader, skipped)
         began, compared_s, inside_s, done = time.perf_counter(), 0.0, 0.0, 0
         watched = self._watched(loader)
         try:
@@ -183,10 +218,12 @@ class Training:
                 self._step, done = self._step + 1, done + 1
                 if watched is not None:
                     watched.ended()
-                if self._step in CHECKED_STEPS:
+                if self._step - self._resumed.step in CHECKED_STEPS:
                     compared_s += (took_s := self._compare())
                     inside_s += took_s if watched is not None and watched.running else 0.0
                 if self.stop.asked():
+                    if self._keeper is not None:
+                        self._stop(self._keeper, skipped + done)
                     if self._rank == 0:
                         self._say(
                             "info", f"stopped after step {self._step}, in epoch {self._epoch}: {self.stop.signal}"
@@ -228,8 +265,8 @@ class Training:
         began = time.perf_counter()
         if self._step == CHECKED_STEPS[0]:
             self._journal.metric(0, {"time_to_first_step_s": began - self._began})
-        same = same_weights(self._model)
-        if self._step == CHECKED_STEPS[0]:
+        same = same_weights(self._model, told_by=self._ranks.gather)
+        if self._step in (CHECKED_STEPS[0], self._resumed.step):
             self._journal.write(
                 "replicas",
                 in_sync=same.count(same[self._rank]),
@@ -237,25 +274,18 @@ class Training:
                 devices=["GPU:0" if self._place.type == "cuda" else "CPU:0"],  # as TensorFlow names them
                 virtual=self._expected.virtual,
             )
-        raise_unless_same(same, self._step)
+        raise_unless_same(same, self._step, self._ranks.strategy, self._ranks.fix)
         return time.perf_counter() - began
 
     def _check_loaders(self, loader: Any) -> None:
-        import torch
-        import torch.distributed as dist
-
         warning = check_loader(loader, self._global_batch, self._expected.world)
         if warning and self._rank == 0:
             self._say("warning", warning)
-        if dist.is_initialized():
-            steps = length(loader)
-            mine = torch.tensor([-1 if steps is None else steps], device=collective_device())
-            found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(found, mine)
-            counts = [int(one.item()) for one in found]
-            if len(set(counts)) > 1:
-                fix = "DistributedSampler, or drop_last=True in the DataLoader"
-                raise HpcmlError(f"the ranks have {counts} batches an epoch; they would wait for each other", fix=fix)
+        steps = length(loader)
+        counts = [one for (one,) in self._ranks.gather([-1 if steps is None else steps])]
+        if len(set(counts)) > 1:
+            fix = "DistributedSampler, or drop_last=True in the DataLoader"
+            raise HpcmlError(f"the ranks have {counts} batches an epoch; they would wait for each other", fix=fix)
         self._loaders_checked = True
 
     def _synchronize(self) -> None:
@@ -274,10 +304,14 @@ def advice(expected: Expected) -> list[str]:
     """Return what a person should know about a rehearsal on CPUs."""
     told = []
     if expected.world == 1 and expected.virtual_devices > 1:
-        told.append("DistributedDataParallel has one replica for each process: to rehearse two, run two tasks")
+        told.append(f"{_named(expected)} has one replica for each process: to rehearse two, run two tasks")
     if expected.world > 1:
         told.append("ranks on CPUs share this machine's cores: they show that it works, not how fast; no speed-up")
     return told
+
+
+def _named(expected: Expected) -> str:
+    return "Horovod" if expected.strategy == "horovod" else "DistributedDataParallel"
 
 
 def _with_cuda() -> bool:
