@@ -153,7 +153,10 @@ def test_a_trace_without_steps_has_no_split(tmp_path: Path) -> None:
     assert profile.split(tmp_path / "nothing") is None
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"{", mtime=0), gzip.compress(b"[1]", mtime=0), gzip.compress(b"{}", mtime=0)])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no gzip", gzip.compress(b"{", mtime=0), gzip.compress(b"[1]", mtime=0), gzip.compress(b"{}", mtime=0)],
+)
 def test_a_trace_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     file = write(tmp_path, [])
     file.write_bytes(content)
