@@ -21,6 +21,7 @@ import pytest
 
 from hpcml.cli.root import cli
 from hpcml.cli.root import run as hpcml
+from hpcml.tracking.journal import Journal
 
 REPOSITORY = Path(__file__).parents[1]
 WORDS = [sys.executable, "-m", "hpcml"]
@@ -359,6 +360,13 @@ def test_a_delivered_run_is_sent_once_and_may_go(desk: Desk) -> None:
     (run,) = desk.runs
     assert f"{run.name} is in MLflow: Greetings at {store}" in desk.type("sync", run.name).stdout
     assert "1 run is in MLflow already" in desk.type("sync", "--all").stdout
+    assert "mlflow    delivered\n" in desk.type("status").stdout
+    journal = Journal(run / "events" / "0.0.late.jsonl")
+    journal.metric(7, {"loss": 0.5})
+    journal.close()
+    assert f"mlflow    not all delivered: hpcml sync {run.name}\n" in desk.type("status").stdout
+    desk.type("sync", run.name)
+    assert "mlflow    delivered\n" in desk.type("status").stdout
     asked = desk.start("runs", "prune", "--keep", "0")
     assert asked.communicate(timeout=60)[0].startswith(run.name) and desk.runs == [run], "no answer is no"
     assert "deleted 1 run, " in desk.type("runs", "prune", "--keep", "0", "--yes").stdout
@@ -473,6 +481,31 @@ def test_ctrl_c_ends_the_ranks(desk: Desk, number: signal.Signals) -> None:
     (run,) = desk.runs
     assert (marker(run)["state"], marker(run)["final"]) == ("CANCELLED", True)
     until(lambda: not any(map(alive, pids)), "the ranks are gone", 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl: Linux only")
+def test_a_launcher_that_is_killed_leaves_no_rank_behind(desk: Desk) -> None:
+    process, pids = sleeping(desk, 2)
+    process.kill()
+    process.communicate(timeout=60)
+    until(lambda: not any(map(alive, pids)), "the ranks are gone", 30)
+    (run,) = desk.runs
+    until(lambda: len(list(run.glob("status.[01].json"))) == 2, "each has left its marker", 30)
+
+
+def test_an_error_of_hpcmls_own_on_the_node_is_in_log_and_status(desk: Desk) -> None:
+    desk.write("job.toml", 'command = ["true"]\n')
+    desk.write(
+        "broken/sitecustomize.py", "import os, sys\nif 'HPCML_RANK' in os.environ: os.sched_getaffinity = None\n"
+    )
+    process = desk.start("run", "job.toml", PYTHONPATH=str(desk.project / "broken"))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out + err
+    (run,) = desk.runs
+    assert marker(run)["state"] == "FAILED" and "internal error: TypeError" in marker(run)["reason"]
+    log = (run / "logs" / "out.0.txt").read_text()
+    assert "please report it" in log and "Traceback" in log
+    assert "internal error: TypeError" in out
 
 
 def test_past_the_time_limit_it_is_timeout(desk: Desk) -> None:

@@ -43,7 +43,10 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
         if state.is_final:  # of a killed run nobody has made one yet
             report.ensure(found, state=state.name, reason=state.reason)
         click.echo(show.summary(found, state))
-        where = "delivered" if found.delivered.exists() else f"not delivered: hpcml sync {found.id}"
+        from ..tracking.mlflow import is_delivered
+
+        some = "not all delivered" if found.delivered.exists() else "not delivered"
+        where = "delivered" if is_delivered(found) else f"{some}: hpcml sync {found.id}"
         show.tell_places(found, where if state.is_final else "")
     return DONE
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,7 @@ STOP_S = 60
 # The conversion ends itself after 60 s.
 PROFILE_S = 90
 _POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What an ended child has written lies in the pipe (64 KiB); what comes later is of a process that it left behind.
 _DRAIN_S = 2
 # A rank that only lost its peer leaves the one that died this long to tell why: a notebook's engine looks for a dead
@@ -72,6 +74,9 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     except HpcmlError as error:
         reason, ended = str(error).splitlines()[0], time.time()
         _say(log, rank, f"hpcml: {error}", error=True)
+    except Exception as error:  # hpcml's own: the run must not end without a word
+        reason, ended = f"internal error: {type(error).__name__}: {error}".splitlines()[0], time.time()
+        _say(log, rank, f"{traceback.format_exc()}hpcml: {reason}; please report it", error=True)
     told = ending.records_of(run, rank, restart)
     replicas = next((r.get("in_sync") for r in reversed(told) if r["kind"] == "replicas"), None)
     lost = sum(r["count"] for r in told if r["kind"] == "lost" and isinstance(r.get("count"), int))
@@ -273,6 +278,15 @@ def _say(log: IO[bytes], rank: int, text: str, *, error: bool = False) -> None:
         _show(text.encode() + b"\n")
 
 
+def _end_with_launcher() -> None:
+    """Have TERM sent here when hpcml run dies without a word: nobody else would end its ranks (prctl(2)). Linux has it."""
+    if sys.platform == "linux" and "HPCML_RANK" in os.environ:
+        import ctypes
+
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _as_word(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -282,6 +296,7 @@ def _as_word(value: object) -> str:
 def main() -> int:
     """Run this rank of the run that the environment names."""
     os.umask(0o077)
+    _end_with_launcher()
     try:
         run = batch.current_run()
         data = rundir.read_json(run.plan)
