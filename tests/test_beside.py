@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from hpcml import rundir
-from hpcml.tracking import journal
+from hpcml.tracking import follow, journal
 
 SCRIPT = """
 import hpcml
@@ -89,3 +90,17 @@ def test_mlflow_has_all_of_it(run: rundir.RunDir) -> None:
 
 def test_the_marker_counts_what_was_lost(run: rundir.RunDir) -> None:
     assert rundir.read_json(run.status)["lost"] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="autogroup: not in this kernel")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_follower_stands_back_with_its_own_session_only(own: bool) -> None:
+    """The group's nice value holds for a whole session: a person's terminal must not get it."""
+    code = "from pathlib import Path; from hpcml.tracking import follow; follow.stand_back()\n"
+    code += "print(Path('/proc/self/autogroup').read_text().split()[-1])"
+    mine = Path("/proc/self/autogroup").read_text().split()[-1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, start_new_session=own
+    )
+    now = Path("/proc/self/autogroup").read_text().split()[-1]
+    assert (done.stdout.strip(), now) == (str(follow.NICE) if own else mine, mine)
