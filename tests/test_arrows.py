@@ -143,7 +143,7 @@ ROOMS: list[tuple[str, set[str], set[str] | None, set[str] | None]] = [
     ("training is handed the topology", {"training"}, None, LEAF | {"training"}),
     ("a report reads run directories only", {"report"}, None, LEAF | {"report"}),
     ("delivery reads run directories only", {"tracking.mlflow"}, None, LEAF | {"tracking"}),
-    ("a notebook's engine knows no starter", {"notebook"}, {"run", "launch", "cli", "queue", "node"}, None),
+    ("a notebook's engine knows no starter", {"notebook"}, {"run", "starting", "launch", "cli", "queue", "node"}, None),
     ("data knows the leaf", {"data"}, None, LEAF | {"data"}),
     ("a launcher knows no command", {"launch"}, {"cli", "compare", "preflight", "report"}, None),
     ("tuning starts runs and reads their journals", {"tune"}, None, LEAF | {"tune", "launch", "node"}),
@@ -177,7 +177,7 @@ def reached_from(module: str) -> set[str]:
     return reached
 
 
-INSTANT = {"", "cli", "run", "compare", "launch.prepare", "launch.sbatch", "launch.local", "launch.slurm"}
+INSTANT = {"", "cli", "starting", "compare", "launch.prepare", "launch.sbatch", "launch.local", "launch.slurm"}
 
 
 @pytest.mark.parametrize("front", sorted(INSTANT | {module for module in FILES if within(module, LEAF | {"node"})}))
@@ -210,6 +210,6 @@ def test_a_command_imports_no_framework_before_it_runs(module: str) -> None:
 
 
 def test_every_module_has_a_place() -> None:
-    known = {*LEAF, "node", "launch", "run", "training", "notebook", "data", "tracking", "report", "cli"}
+    known = {*LEAF, "node", "launch", "run", "starting", "training", "notebook", "data", "tracking", "report", "cli"}
     known |= {"queue", "compare", "tune", "preflight", "bare", "__main__", ""}
     assert [module for module in FILES if not within(module, known)] == []

@@ -578,7 +578,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_reason(folder: Path) -> None:
 @needs_horovod
 def test_a_stop_file_ends_a_job_on_the_same_step_of_all_ranks(folder: Path) -> None:
     each = (
-        "if steps == 20 and rank == 1: hpcml.run.rundir.write_json("
+        "if steps == 20 and rank == 1: hpcml.starting.rundir.write_json("
         "run.dir.stop, {'signal': 'SIGUSR2', 'time': 0, 'restart': 0})"
     )
     done, run = start(folder, HERE, with_torch(epochs=10**6, each=each))

@@ -35,7 +35,10 @@ def resources(**values: Any) -> job.Job:
     return make(resources=values)
 
 
-def problems(wanted: job.Job, site: Site = CLUSTER, facts: Facts = plan.NO_FACTS) -> list[str]:
+NO_FACTS = Facts()
+
+
+def problems(wanted: job.Job, site: Site = CLUSTER, facts: Facts = NO_FACTS) -> list[str]:
     with pytest.raises(HpcmlError) as error:
         plan.resolve(wanted, site, facts)
     return [str(problem) for problem in error.value.problems]

@@ -591,7 +591,7 @@ def test_a_run_that_was_never_checked_fails(folder: Path) -> None:
 def test_a_stop_file_ends_a_job_on_the_same_step_of_all_ranks(folder: Path) -> None:
     # As a worker writes it when USR2 comes: seen by the ranks at whatever step they have reached.
     each = (
-        "if steps == 20 and dist.get_rank() == 1: hpcml.run.rundir.write_json("
+        "if steps == 20 and dist.get_rank() == 1: hpcml.starting.rundir.write_json("
         "run.dir.stop, {{'signal': 'SIGUSR2', 'time': 0, 'restart': 0}})"
     )
     done, run = start(folder, HERE, work(epochs=1_000_000, each=each.replace("{{", "{").replace("}}", "}")))

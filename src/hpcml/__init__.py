@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from . import data
     from .launch.functions import map_functions as map
     from .launch.functions import submit
-    from .run import begin
+    from .starting import begin
 
 _HOMES = {
-    "begin": ("hpcml.run", "begin"),
+    "begin": ("hpcml.starting", "begin"),
     "submit": ("hpcml.launch.functions", "submit"),
     "map": ("hpcml.launch.functions", "map_functions"),
 }

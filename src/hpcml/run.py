@@ -1,39 +1,29 @@
-"""``hpcml.begin()`` and the ``Run`` it returns: what notebooks and scripts import.
+"""The ``Run`` that ``hpcml.begin()`` returns: what a notebook or script records, asks for and ends."""
 
-``begin`` works the same under hpcml, a bare ``srun``, ipython and JupyterLab. Under hpcml the worker has prepared
-threads, TF_CONFIG, devices and the Keras flavour; elsewhere ``begin`` does it, before TensorFlow is imported.
-"""
-
-import atexit
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import bare, rundir
+from . import bare
 from .errors import HpcmlError, nearest
 from .job import WORK_SETTINGS, Scalar
-from .node import batch, bootstrap, exits
+from .node import exits
 from .node.devices import Devices
 from .node.topology import Topology
-from .plan import NEVER_CHECKED, from_json
+from .plan import NEVER_CHECKED
 from .rundir import RunDir
-from .tracking import journal, provenance
+from .tracking import journal
 from .tracking.journal import Journal
 
 if TYPE_CHECKING:
     import torch
 
+    from .training.common import Expected
+
 Batch = TypeVar("Batch")
-
-TENSORFLOW_STRATEGIES = ("original", "mirrored", "multiworker")
-STRATEGIES = (*TENSORFLOW_STRATEGIES, "ddp", "horovod")
-_FRAMEWORKS = ("tensorflow", "keras", "tf_keras")
-
-_current: "Run | None" = None
 
 
 @dataclass
@@ -47,6 +37,7 @@ class Run:
         devices: the devices of this rank.
         params: the job's parameters laid over the work's defaults.
         precision: Keras's mixed precision policy.
+        restart: which execution of the run this is, from 0.
         tuning: the job's settings for speed; the work asks for them by ``tuned``.
         profile: the first and last step to profile.
         session: where no worker started it: what it does for itself, above all its own end marker.
@@ -59,6 +50,7 @@ class Run:
     params: Mapping[str, Scalar | None]
     precision: str
     journal: Journal
+    restart: int = 0
     profile: tuple[int, int] | None = None
     tuning: Mapping[str, Scalar] = field(default_factory=dict)
     session: bare.Session | None = None
@@ -104,7 +96,7 @@ class Run:
         """
         from .training import torch as training
 
-        return training.device(self._expected())
+        return training.device(self.expected())
 
     def epochs(
         self, count: int, model: Any, global_batch: int | None = None, keep: Sequence[Any] | None = None
@@ -128,7 +120,7 @@ class Run:
         from .training import torch as training
 
         self._training = training.Training(
-            self.journal, self._expected(), self.device, model=model, epochs=count,
+            self.journal, self.expected(), self.device, model=model, epochs=count,
             global_batch=self._global_batch(global_batch, "epochs"), began=self.began, rank=self.topology.rank,
             stop=self._stopping(), logged=lambda: self._logged, profile=self.profile, folder=self.dir.profile,
             ranks=self._ranks(), keeper=None if keep is None else self._keeper(model, keep),
@@ -167,7 +159,7 @@ class Run:
         if self._stop is None:
             from .training import ddp
 
-            self._stop = ddp.Stop(self.dir.stop, _restart(), gather=self._ranks().gather)
+            self._stop = ddp.Stop(self.dir.stop, self.restart, gather=self._ranks().gather)
         return self._stop
 
     def _keeper(self, model: Any, others: Sequence[Any]) -> Any:
@@ -175,7 +167,7 @@ class Run:
 
         torch_checkpoint.check(model, others)
         looks = torch_checkpoint.looks(model, others)
-        store = checkpoint.Store(self.dir, _restart(), looks, self._warn)
+        store = checkpoint.Store(self.dir, self.restart, looks, self._warn)
         watched = self.session is None
         return torch_checkpoint.Keeper(
             store, self._ranks(), self.topology.rank, model, others, self.device, watched=watched
@@ -252,16 +244,16 @@ class Run:
         from .training import tensorflow
 
         return tensorflow.callbacks(
-            self.journal, self._expected(), global_batch=batch_size, began=self.began, rank=self.topology.rank,
+            self.journal, self.expected(), global_batch=batch_size, began=self.began, rank=self.topology.rank,
             profile=self.profile, folder=self.dir.profile,
         )  # fmt: skip
 
     def finish(self, state: str = "COMPLETED", reason: str = "") -> None:
         """End the run. A bare run writes its end marker and delivers to MLflow; under hpcml the worker does both."""
-        self._end(state, reason, 0 if state == "COMPLETED" else 1)
+        self.end(state, reason, 0 if state == "COMPLETED" else 1)
 
-    def _end(self, state: str, reason: str, exit_code: int) -> None:
-        global _current
+    def end(self, state: str, reason: str, exit_code: int) -> None:
+        """End the run as its process does: ``finish`` with the exit code that goes into a bare run's marker."""
         if self.finished:
             return
         self.finished = True
@@ -269,7 +261,6 @@ class Run:
             self._capture.__exit__(None, None, None)
         self.journal.write("finish", state=state, reason=reason)
         self.journal.close()
-        _current = None if _current is self else _current
         if self.session is None:
             return
         exits.unwatch()
@@ -282,7 +273,12 @@ class Run:
         rank = self.topology.rank
         return any(r["rank"] == rank for r in _records(self.dir, "replicas"))
 
-    def _expected(self) -> Any:
+    def expected(self) -> "Expected":
+        """Return what this rank was given, as the helpers of the frameworks compare it with what is used.
+
+        Raises:
+            HpcmlError: the run was begun without a strategy.
+        """
         from .training.common import Expected
 
         if self.strategy is None:
@@ -296,136 +292,5 @@ class Run:
         )
 
 
-def begin(strategy: str | None = None, *, new: bool = False) -> Run:
-    """Begin a run: threads, TF_CONFIG, devices, Keras flavour and run directory, before TensorFlow is imported.
-
-    Args:
-        strategy: ``original``, ``mirrored``, ``multiworker``, ``ddp`` or ``horovod``: that all replicas train one model
-            is then checked when training begins. None only records.
-        new: end the current run and begin another; without it a second call returns the same run.
-
-    Raises:
-        HpcmlError: TensorFlow was imported before; the job names another strategy; devices that were given can't be
-            used.
-    """
-    global _current
-    if _current is not None and not new:
-        if strategy not in (None, _current.strategy):
-            raise HpcmlError(
-                f"the current run was begun with strategy {_current.strategy!r}, not {strategy!r}",
-                fix="restart the kernel, or hpcml.begin(strategy=…, new=True)",
-            )
-        return _current
-    first = _current is None and not _begun_before()
-    if _current is not None:
-        _current.finish()
-    if strategy not in (None, *STRATEGIES):
-        raise HpcmlError(f"unknown strategy {strategy!r}", origin="begin()", allowed=", ".join(STRATEGIES))
-    frameworks = {"ddp": ("torch",), "horovod": ("horovod", "torch", *_FRAMEWORKS)}.get(strategy or "", _FRAMEWORKS)
-    if first and (imported := [name for name in frameworks if name in sys.modules]):
-        raise HpcmlError(
-            f"{imported[0]} was imported before hpcml.begin(), so threads and devices can't be set any more",
-            fix="restart the kernel, and call hpcml.begin() before the framework is imported",
-        )
-    prepared = bootstrap.received(os.environ)
-    run = _under_worker(strategy, prepared) if prepared and not new else _bare(strategy)
-    _current = run
-    _BEGUN.append(run.dir.id)
-    if run.strategy == "ddp":
-        from .training import torch as training
-
-        if first:
-            training.configure(run._expected(), os.environ)
-    elif run.strategy == "horovod":
-        from .training import horovod
-
-        if first:
-            horovod.begin(run._expected(), run.topology.rank, run.dir.id, os.environ, precision=run.precision)
-    elif run.strategy is not None and first:
-        from .training import tensorflow
-
-        tensorflow.configure(run._expected(), precision=run.precision)
-    return run
-
-
-_BEGUN: list[str] = []
-
-
-def _begun_before() -> bool:
-    return bool(_BEGUN)
-
-
-def _under_worker(strategy: str | None, prepared: bootstrap.Bootstrap) -> Run:
-    run_dir = batch.current_run()
-    plan = from_json(rundir.read_json(run_dir.plan))
-    if None not in (strategy, plan.strategy) and strategy != plan.strategy:
-        raise HpcmlError(
-            f"the work begins with strategy {strategy!r}, the job says {plan.strategy!r}",
-            origin=plan.origins.get("strategy", plan.job_file or "the job"),
-            fix="make them agree",
-        )
-    rank = prepared.topology.rank
-    writer = Journal(run_dir.event_file(rank, _restart(), "rank"))
-    _record_facts(writer, prepared)
-    atexit.register(writer.close)  # work that never calls finish()
-    chosen = plan.strategy or strategy
-    tuning = plan.tuning.given
-    if "data_threads" in tuning:
-        tuning["data_threads"] = min(int(tuning["data_threads"]), prepared.threads.cores - 1)
-    return Run(
-        run_dir, chosen, prepared.topology, prepared.devices, plan.effective_params, plan.precision, writer,
-        plan.profile, tuning,
-    )  # fmt: skip
-
-
-def _bare(strategy: str | None) -> Run:
-    """A run that nobody prepared: ipython, JupyterLab, a bare srun, torchrun."""
-    held = bare.begin(strategy, _restart(), len(_BEGUN))
-    writer = Journal(held.dir.event_file(held.ready.topology.rank, held.restart, "rank"))
-    _record_facts(writer, held.ready)
-    run = Run(
-        held.dir, strategy, held.ready.topology, held.ready.devices, held.plan.effective_params, held.plan.precision,
-        writer, session=held,
-    )  # fmt: skip
-    exits.watch()
-    atexit.register(_finish_at_exit, run, getattr(sys, "last_value", None), os.getpid())
-    return run
-
-
-def _record_facts(writer: Journal, prepared: bootstrap.Bootstrap) -> None:
-    writer.write(
-        "params",
-        values={
-            **prepared.facts(),
-            **provenance.node_facts(os.environ, prepared.devices.gpus),
-            "python": sys.version.split()[0],
-            "host": os.uname().nodename,
-        },
-    )
-
-
 def _records(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
     return list(journal.read(run_dir.events, kinds={kind}))
-
-
-def _restart() -> int:
-    return int(os.environ.get("HPCML_RESTART") or rundir.restart_of(os.environ))
-
-
-def _finish_at_exit(run: Run, before: BaseException | None, pid: int) -> None:
-    """End a bare run with its process: FAILED where it exits with another code than 0.
-
-    That is an exception since ``begin()`` that nobody caught, or ``sys.exit``; ``raise SystemExit(3)`` goes unseen.
-    """
-    if run.finished or pid != os.getpid():  # a forked child's end is not the run's
-        return
-    error = getattr(sys, "last_value", None)
-    if error is not None and error is not before:
-        run.finish("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
-        return
-    code = exits.code()
-    status = code & 0xFF if isinstance(code, int) else int(code is not None)  # as Python's own end takes it
-    if status:
-        run._end("FAILED", str(code)[:300] if not isinstance(code, int) else f"exit code {status}", status)
-    else:
-        run.finish()
