@@ -45,15 +45,13 @@ def begin(run: RunDir, plan: Plan) -> int | None:
     """
     restarts = (place["restart"] for _, place in reader.event_files(run.events))
     os.environ["HPCML_RESUMED"] = str(max(restarts, default=0) + 1)
-    job_id = None
     marker = rundir.read_json(run.status)
-    if rundir.slurm_job_id(run) is not None:
-        run.status.unlink(missing_ok=True)
-        try:
-            job_id = slurm.queue(run, plan, run.script.read_text(encoding="utf-8"))
-        except BaseException:
-            rundir.write_json(run.status, marker)
-            raise
+    queued = rundir.slurm_job_id(run) is not None
     run.status.unlink(missing_ok=True)
+    try:
+        job_id = slurm.queue(run, plan, run.script.read_text(encoding="utf-8")) if queued else None
+    except BaseException:
+        rundir.write_json(run.status, marker)
+        raise
     run.report.unlink(missing_ok=True)
     return job_id
