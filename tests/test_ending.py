@@ -57,6 +57,15 @@ def test_the_cause_is_named(
     assert marker["signal"] is None, "the ranks ended by themselves first"
 
 
+def test_a_run_has_ended_when_the_work_of_its_last_rank_has(run: RunDir) -> None:
+    """Delivery comes after; and of a rank that left nothing nobody knows until when it worked."""
+    for number in range(2):
+        run.status_of(number).write_text(json.dumps(rank(number, 0, 4.0 + number)))
+    assert batch.close_run(run, 0)["ended"] > 1e9
+    run.status_of(2).write_text(json.dumps(rank(2, 0, 4.5)))
+    assert batch.close_run(run, 0)["ended"] == 5.0
+
+
 def test_what_term_killed_before_the_time_was_noted_was_cleared_away(run: RunDir) -> None:
     run.status_of(0).write_text(json.dumps(rank(0, 143, 5.99, "killed by SIGTERM")))
     run.stop.write_text(json.dumps({"signal": "SIGTERM", "time": 6.0, "restart": 0}))
@@ -101,15 +110,27 @@ def test_the_last_words_are_a_signal_an_exception_or_a_line(tmp_path: Path) -> N
     assert ending.last_words(log, 3) == "exit code 3; its last line: bye"
 
 
-@pytest.mark.parametrize("hurried", [True, False])
-def test_others_do_not_wait_for_a_delivery(run: RunDir, hurried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a failed rank's worker lives, srun clears nobody away."""
+LOCAL = {"HPCML_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("hurried", "environment", "brief"),
+    [
+        pytest.param(False, {}, False, id="the last one who delivers"),
+        pytest.param(True, {}, True, id="while a failed rank's worker lives, srun clears nobody away"),
+        pytest.param(False, LOCAL, True, id="hpcml run delivers the rest"),
+        pytest.param(False, LOCAL | {"SUBMITIT_LOCAL_GLOBALID": "0"}, False, id="a function's caller doesn't"),
+    ],
+)
+def test_others_do_not_wait_for_a_delivery(
+    run: RunDir, hurried: bool, environment: dict[str, str], brief: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waited: list[float] = []
     monkeypatch.setattr(beside_the_work.follow, "in_job", lambda run: None)
     monkeypatch.setattr(beside_the_work.follow, "finish", lambda child, limit_s: waited.append(limit_s))
     monkeypatch.setattr(beside_the_work, "watch", lambda *_: None)
     ready = bootstrap.Bootstrap(topology.Topology(), devices.Devices(), threads.Threads(1, "", {}, {}), {})
-    with beside_the_work.beside(run, ready, {}, 0) as hurry:
+    with beside_the_work.beside(run, ready, environment, 0) as hurry:
         if hurried:
             hurry.set()
-    assert (waited[0] < 10) is hurried
+    assert (waited[0] < 10) is brief

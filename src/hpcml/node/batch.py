@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,9 @@ def forget_earlier(run: RunDir, restart: int) -> None:
 def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[str, Any]:
     """Write the end marker from the ranks' markers and return it.
 
-    ``final`` tells whether the marker decides the state: it does where no stop signal came before the end and no rank
-    was killed; otherwise Slurm knows better (CANCELLED, TIMEOUT, PREEMPTED, OUT_OF_MEMORY, …), also of work that
+    ``final`` tells whether the marker decides the state: it does where no stop signal came before the end, no rank was
+    killed, and all have left their markers (srun ends with 0 when Slurm takes a lost node's job back into the queue);
+    otherwise Slurm knows better (CANCELLED, TIMEOUT, PREEMPTED, OUT_OF_MEMORY, …), also of work that
     answered TERM with exit code 0. USR2 is a warning only: work that ends well after it is COMPLETED.
     """
     restart, now = rundir.restart_of(os.environ), time.time()
@@ -78,23 +79,28 @@ def close_run(run: RunDir, exit_code: int, signal: str | None = None) -> dict[st
         signal = None  # the ranks ended by themselves first; the signal came from clearing the others away
     if failed:
         exit_code = int(failed["exit_code"])
-    killed = exit_code == 137
+    killed, silent = exit_code == 137, exit_code == 0 and len(ranks) < tasks
     ended: dict[str, Any] = {
         "state": _STATES.get(exit_code, "FAILED"),
         "exit_code": exit_code,
-        "final": not (signal or killed) or (exit_code in (0, STOPPED) and str(signal).endswith("USR2")),
+        "final": not (signal or killed or silent) or (exit_code in (0, STOPPED) and str(signal).endswith("USR2")),
         "reason": failed.get("reason", "") if failed else "",
         "failed_rank": failed["rank"] if failed else None,
         "signal": signal,
         "replicas_in_sync": next((r["replicas_in_sync"] for r in ranks if r.get("replicas_in_sync")), None),
         "lost": sum(rank.get("lost") or 0 for rank in ranks),
         "started": min((part.get("started", now) for part in ranks or variants), default=now),
-        "ended": now,
+        "ended": _work_ended(ranks or variants, now) if len(ranks) >= tasks else now,
         "restarts": restart,
         "slurm_job_id": int(os.environ.get("SLURM_JOB_ID", "0") or 0) or rundir.slurm_job_id(run),
     }
     rundir.write_json(run.status, ended)
     return ended
+
+
+def _work_ended(parts: Sequence[Mapping[str, Any]], now: float) -> float:
+    """When the last rank's work ended: what comes after, such as delivery, is not the run's time."""
+    return max((part.get("ended") or now for part in parts), default=now)
 
 
 def goes_on(run: RunDir, marker: Mapping[str, Any]) -> bool:
@@ -162,6 +168,9 @@ def main() -> int:
             print(open_run(asked.job, asked.site, values.get("params", {}), values.get("settings", {})).id)
             return 0
         run = current_run()
+        if ending.superseded(run, rundir.restart_of(os.environ)):
+            print(f"hpcml: run {run.id} goes on in a later execution, so nothing is noted of this one", flush=True)
+            return 0
         marker = close_run(run, asked.exit_code, asked.signal or None)
         if os.environ.get("SLURM_JOB_ID") and goes_on(run, marker):
             _requeue(run, marker)

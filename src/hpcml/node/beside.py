@@ -11,7 +11,8 @@ from . import bootstrap, topology
 
 # A job that has ended should give back its node; what is not sent by then stays for `hpcml sync`.
 DELIVERY_S = 30.0
-# Where other ranks may wait in a collective for the one that has failed; the batch script delivers once more.
+# Where other ranks may wait in a collective for the one that has failed, and the batch script delivers once more; and under
+# hpcml run, which does so too.
 HURRIED_S = 3.0
 
 
@@ -32,7 +33,8 @@ def beside(
     finally:
         if watching:
             watching.stop()
-        follow.finish(delivery, HURRIED_S if hurry.is_set() else DELIVERY_S)
+        again = "HPCML_RANK" in environment and "SUBMITIT_LOCAL_GLOBALID" not in environment  # a function's caller doesn't
+        follow.finish(delivery, HURRIED_S if hurry.is_set() or again else DELIVERY_S)
 
 
 def watch(
