@@ -291,15 +291,63 @@ A100 = "NVIDIA A100-SXM4-40GB"
         ({"gpu0.name": A100}, {}, 1, f"1 × {A100}"),
         ({}, {"in_sync": 4, "devices": ["GPU:0"]}, 4, "4 × GPU"),
         ({}, {}, 2, "2 × GPU (requested)"),
+        ({"virtual_cpu_devices": 2}, {}, 2, "CPU"),
         ({}, {}, 0, "CPU"),
         ({}, {"in_sync": 1, "devices": ["CPU:0"]}, 0, "CPU"),
         ({}, {"in_sync": 2, "devices": ["CPU:0", "CPU:1"], "virtual": True}, 2, "CPU (2 virtual devices)"),
         ({}, {"in_sync": 1, "devices": ["CPU:0"], "virtual": True}, 0, "CPU (1 virtual device)"),
+        (
+            {"virtual_cpu_devices": 1},
+            {"in_sync": 2, "devices": ["CPU:0"], "virtual": True},
+            2,
+            "CPU (2 virtual devices)",
+        ),
+        ({"virtual_cpu_devices": 0}, {"in_sync": 1, "devices": ["CPU:0"], "virtual": True}, 0, "CPU"),
+        ({"virtual_cpu_devices": 0}, {"in_sync": 2, "devices": ["CPU:0"], "virtual": True}, 0, "CPU (2 ranks)"),
     ],
 )
 def test_the_device_that_trains(params: dict[str, Any], replicas: dict[str, Any], requested: int, says: str) -> None:
     said = translate.Said(params=params, replicas=replicas)
     assert translate.device({"nodes": 1, "gpus_per_node": requested}, said) == says
+
+
+def test_what_is_unknown_is_no_param(tmp_path: Path, sqlite: str) -> None:
+    run = make_run(tmp_path / "runs", strategy=None, params={"note": "", "shuffle": False, "warmup": 0})
+    write_json(run.plan, read_json(run.plan) | {"mem_gb": None, "defaults": {"resume_from": None}})
+    with contextlib.closing(Journal(run.event_file(0, 0, "rank"))) as writer:
+        writer.write("params", values={"gpus": "", "virtual_cpu_devices": 0, "strategy": "mirrored"})
+    deliver(run, sqlite)
+    (found,) = runs(sqlite)
+    assert not {"gpus", "note", "resume_from", "resources.mem_gb"} & found.data.params.keys()
+    assert found.data.params.items() >= {"shuffle": "False", "warmup": "0", "virtual_cpu_devices": "0"}.items()
+    assert found.data.params["strategy"] == found.data.tags["strategy"] == "mirrored", "begin() was told, not the job"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "is_told"),
+    [
+        ("mirrored", [], True),
+        ("ddp", ["GPU:0"], False),
+        (None, [], False),
+        ("horovod", [], False),
+        ("horovod", ["GPU:0"], False),
+        ("horovod", ["/device:GPU:0"], True),
+    ],
+)
+def test_keras_is_told_where_keras_trains(strategy: str | None, devices: list[str], is_told: bool) -> None:
+    said = translate.Said(replicas={"in_sync": 2, "devices": devices} if devices else {})
+    told = translate.params({"strategy": strategy, "keras": "legacy", "precision": "float32"}, said)
+    assert ("keras" in told, told["precision"]) == (is_told, "float32")
+
+
+def test_bookkeeping_stays_in_the_journal(tmp_path: Path, sqlite: str) -> None:
+    run = make_run(tmp_path / "runs")
+    for rank in (0, 1):
+        with contextlib.closing(Journal(run.event_file(rank, 0, "rank"))) as writer:
+            writer.metric(1, {"loss": 0.5, "profiled_steps": 11})
+    assert deliver(run, sqlite).points == 2
+    (found,) = runs(sqlite)
+    assert found.data.metrics == {"loss": 0.5, "rank_1/loss": 0.5}
 
 
 def test_a_bare_script_stands_beside_its_jobs(tmp_path: Path, sqlite: str) -> None:
@@ -347,7 +395,10 @@ def test_numbers_and_names_that_mlflow_refuses(tmp_path: Path, uri: str, request
         for step, value in enumerate([math.nan, math.inf, -math.inf, 1e-320, -0.0, BIGGEST]):
             writer.metric(step, {"loss": value})
         writer.metric(1, {name: number for number, name in enumerate(NASTY)})
-        writer.write("params", values={name: name for name in NASTY} | {"long": "é" * 7000, "empty": "", "none": None})
+        writer.write(
+            "params",
+            values={name: name or "no name" for name in NASTY} | {"long": "é" * 7000, "empty": "", "none": None},
+        )
         writer.write("params", values={"list": [1, "a"]})
         writer.write("tags", values={name: name for name in NASTY} | {"long": "x" * 9000})
         # What must not stop a delivery for ever.
@@ -368,10 +419,10 @@ def test_numbers_and_names_that_mlflow_refuses(tmp_path: Path, uri: str, request
     for number, name in enumerate(NASTY):
         known = translate.mlflow_name(name)
         assert found.data.metrics[known] == number
-        assert found.data.params[known] == translate.text(name, 6000)
+        assert found.data.params[known] == translate.text(name or "no name", 6000)
         assert found.data.tags[known] == translate.text(name, 8000)
         assert found.data.tags.get(f"hpcml.name.{known}") == (None if known == name else translate.text(name, 8000))
-    assert found.data.params["long"] == "é" * 5999 + "…" and found.data.params["empty"] == ""
+    assert found.data.params["long"] == "é" * 5999 + "…" and not {"empty", "none"} & found.data.params.keys()
     assert found.data.params["list"] == "[1, 'a']"
 
 

@@ -49,6 +49,25 @@ def make(root: Path, name: str, *, days: float = 0, mib: int = 0, ended: bool = 
     return run
 
 
+def tune(root: Path, name: str, *, days: float = 0, mib: int = 0, ended: bool = True) -> RunDir:
+    """A tuning of so many days ago with one trial, as hpcml tune leaves it: undelivered."""
+    stamp = time.time() - days * DAY
+    tuning = rundir.create(root / "tune", name, stamp)
+    folder = RunDir(root, f"tune/{tuning.id}")
+    trial = folder.child("01").make()
+    rundir.write_json(trial.plan, {})
+    (trial.path / "trace").write_bytes(os.urandom(mib * MIB))
+    if ended:
+        rundir.write_json(folder.path / "tune.json", {})
+    for path in (trial.path, folder.path):
+        os.utime(path, (stamp, stamp))
+    return folder
+
+
+def tuned(root: Path) -> list[str]:
+    return sorted(path.name.rsplit("-", 1)[1] for path in (root / "tune").glob("2*"))
+
+
 def left(root: Path) -> list[str]:
     return [run.id.rsplit("-", 1)[1] for run in rundir.every(root) if "/" not in run.id]
 
@@ -115,6 +134,32 @@ def test_until_it_fits(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert left(root) == ["a", "b", "unsent"]
     prune("--max-gb", "0.001")
     assert left(root) == ["unsent"] and "nothing more of it may go" in capsys.readouterr().err
+
+
+def test_tunings_go_by_the_same_rules(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "a")
+    tune(root, "b", days=1, mib=4)
+    make(root, "c", days=2, mib=4)
+    tune(root, "d", days=40, mib=4)
+    prune("--keep", "4")
+    assert (left(root), tuned(root)) == (["a", "c"], ["b", "d"]), "they count as runs do"
+    prune("--older-than", "30d")
+    assert (left(root), tuned(root)) == (["a", "c"], ["b"])
+    assert "deleted 0 runs and 1 tuning, 4" in capsys.readouterr().out
+    prune("--max-gb", str(5 / 1024))
+    assert (left(root), tuned(root)) == (["a"], ["b"]), "the oldest first, whatever it is"
+    prune("--keep", "1")
+    assert (left(root), tuned(root)) == (["a"], [])
+
+
+def test_a_tuning_that_may_go_on_stays(root: Path) -> None:
+    tune(root, "begun", days=0.5, ended=False)
+    killed = tune(root, "killed", days=2, ended=False)
+    alive = tune(root, "alive", days=3, ended=False)
+    rundir.claim(alive.child("01"))
+    os.utime(alive.child("01").path, (1, 1))
+    prune("--keep", "0")
+    assert tuned(root) == ["alive", "begun"] and not killed.path.exists()
 
 
 def test_age_and_size_together(root: Path) -> None:

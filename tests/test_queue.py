@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -382,6 +383,73 @@ def test_a_run_outside_slurm_lives_as_long_as_its_process(slurm: Slurm, tmp_path
     batch.close_run(run, 0)
     assert queue.state_of(run).name == "COMPLETED"
     assert slurm.asked() == []
+
+
+def orphaned(root: Path, *codes: int, tasks: int | None = None, **told: str) -> RunDir:
+    """A run of this machine whose launcher was killed, with the ranks' markers that are there by now."""
+    run = make(root, None)
+    rundir.write_json(run.plan, {"name": "a", "nodes": 1, "tasks_per_node": len(codes) if tasks is None else tasks})
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        rundir.claim(run, launcher.pid)
+        launcher.kill()
+    for rank, code in enumerate(codes):
+        rank_ended(run, rank, code, reason=told.get(f"rank{rank}", ""))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("codes", "stop", "state", "exit_code", "says"),
+    [
+        pytest.param([0, 0], "", "COMPLETED", 0, "", id="it had only the marker left to write"),
+        pytest.param([3, 0], "", "FAILED", 3, "ValueError: no; its launcher was killed too", id="a rank had failed"),
+        pytest.param(
+            [143, 143], "SIGTERM", "CANCELLED", 143, "its launcher was killed, which ended", id="ended with it"
+        ),
+        pytest.param(
+            [0, 0], "SIGTERM", "CANCELLED", 143, "its launcher was killed, which ended", id="ended well on TERM"
+        ),
+        pytest.param([75, 75], "SIGTERM", "CANCELLED", 75, "killed; ValueError: no", id="saved, and stopped"),
+        pytest.param([75, 75], "SIGUSR2", "CANCELLED", 75, "ValueError: no", id="asked to stop before"),
+        pytest.param([0, 0], "SIGUSR2", "COMPLETED", 0, "", id="USR2 is a warning only"),
+    ],
+)
+def test_ranks_tell_how_a_run_ended_whose_launcher_was_killed(
+    tmp_path: Path, codes: list[int], stop: str, state: str, exit_code: int, says: str
+) -> None:
+    run = orphaned(tmp_path, *codes, rank0="ValueError: no")
+    if stop:
+        stopped(run, stop)
+    got = queue.state_of(run)
+    assert (got.name, got.exit_code, got.is_final) == (state, exit_code, True)
+    assert says in got.reason and got.replicas_in_sync == 2 and got.started and got.ended
+    marker = rundir.read_json(run.status)
+    assert (marker["state"], marker["final"]) == (state, True), "delivery and report read it"
+    assert queue.state_of(run) == got
+
+
+def test_the_rank_that_died_first_gives_the_reason(tmp_path: Path) -> None:
+    run = orphaned(tmp_path, 1, 5, rank0="the consequence", rank1="the cause")
+    rank_ended(run, 0, 1, reason="the consequence")
+    got = queue.state_of(run)
+    assert (got.name, got.exit_code) == ("FAILED", 5) and got.reason.startswith("the cause")
+
+
+def test_a_rank_without_a_marker_leaves_the_end_unknown(tmp_path: Path) -> None:
+    run = orphaned(tmp_path, 143, tasks=3, rank0="killed by SIGTERM")
+    stopped(run)
+    assert (queue.state_of(run).name, queue.state_of(run).is_final) == ("COMPLETING", False), "they may be saving"
+    stopped(run, ago_s=60)
+    got = queue.state_of(run)
+    assert (got.name, got.is_final) == ("UNKNOWN", True) and not run.status.exists()
+    assert "launcher was killed, and ranks 1, 2 left no end marker; rank 0: killed by SIGTERM" in got.reason
+
+
+def test_markers_of_an_earlier_launcher_say_nothing(tmp_path: Path) -> None:
+    run = orphaned(tmp_path, 3, rank0="the first time")
+    os.utime(run.status_of(0), (1, 1))
+    assert queue.state_of(run).name == "UNKNOWN"
+    rank_ended(run, 0, 0, restart=1)
+    assert queue.state_of(run).name == "COMPLETED" and rundir.read_json(run.status)["restarts"] == 1
 
 
 def test_a_variant_that_waits_its_turn_here_is_pending(slurm: Slurm, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ import report_samples as samples
 from rich.console import Console
 
 from hpcml import report, rundir
-from hpcml.report import facts, terminal
+from hpcml.report import facts, span, tables, terminal
 from hpcml.report.advice import advice
 from hpcml.report.causes import likely_cause
 from hpcml.report.logs import last_lines
 from hpcml.report.series import m4
+from hpcml.report.settings import asked_of
+from hpcml.report.text_of import cores
 from hpcml.rundir import RunDir
 
 HPCML = [sys.executable, "-m", "hpcml"]
@@ -194,6 +196,67 @@ def test_a_completed_run_has_no_cause(tmp_path: Path) -> None:
     assert likely_cause(facts.collect(run)) is None
 
 
+OWN_ERROR = ["global_batch = 7 is no multiple of 2", "  allowed: a multiple of 2 tasks", "  fix: -p global_batch=8"]
+SAID = {
+    "traceback": ['  File "train.py", line 5, in <module>', f"hpcml.errors.HpcmlError: {OWN_ERROR[0]}", *OWN_ERROR[1:]],
+    "under torchrun": [f"[rank1]: hpcml.errors.JobFailed: {OWN_ERROR[0]}", *(f"[rank1]: {x}" for x in OWN_ERROR[1:])],
+    "notebook": [
+        f"HpcmlError: {OWN_ERROR[0]}",
+        *OWN_ERROR[1:],
+        "code/train.ipynb: cell 1 of 1 failed",
+        f"  HpcmlError: {OWN_ERROR[0]}",
+        "  fix: the traceback is in the log",
+    ],
+    "worker": [f"hpcml: {OWN_ERROR[0]}", *OWN_ERROR[1:]],
+}
+
+
+@pytest.mark.parametrize("lines", SAID.values(), ids=SAID.keys())
+def test_an_error_that_says_what_to_do_is_the_cause(tmp_path: Path, lines: list[str]) -> None:
+    run = samples.log(samples.a_run(tmp_path), ["epoch 1", *lines])
+    cause = likely_cause(facts.collect(samples.end(run, "FAILED", reason=f"HpcmlError: {OWN_ERROR[0]}", failed_rank=0)))
+    assert cause is not None and cause.what == cause.sentence == OWN_ERROR[0], "a name stays as it is"
+    assert cause.fix == "-p global_batch=8; allowed: a multiple of 2 tasks"
+
+
+def test_an_error_of_ours_that_was_survived_is_no_cause(tmp_path: Path) -> None:
+    run = samples.log(samples.a_run(tmp_path), [*SAID["worker"], "FileNotFoundError: 'x.npz'"])
+    cause = likely_cause(facts.collect(samples.end(run, "FAILED", reason="FileNotFoundError: 'x.npz'")))
+    assert cause is not None and "file is not there" in cause.what
+
+
+def keep_checkpoint(run: RunDir, step: int = 40) -> RunDir:
+    place = run.checkpoints / f"step-{step:012}"
+    place.mkdir(parents=True)
+    rundir.write_json(place / "checkpoint.json", {"restart": 0, "place": {"step": step}})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "goes_on"),
+    [
+        ("CANCELLED", 75, True),
+        ("TIMEOUT", 143, True),
+        ("FAILED", 137, True),
+        ("FAILED", 1, False),
+        ("COMPLETED", 0, False),
+    ],
+)
+def test_a_run_with_a_checkpoint_can_go_on_unless_it_would_fail_again(
+    tmp_path: Path, state: str, code: int, goes_on: bool
+) -> None:
+    run = keep_checkpoint(samples.a_run(tmp_path))
+    reason = "stopped by SIGTERM after step 40"
+    text = " ".join(shown(samples.end(run, state, exit_code=code, reason=reason)).split())
+    assert facts.collect(run).resume_step == (40 if goes_on else None)
+    assert (f"hpcml resume {run.id} goes on from step 40" in text) is goes_on
+    assert ("asked to stop, and saved" in text) is (code == 75)
+
+
+def test_without_a_checkpoint_nothing_goes_on(tmp_path: Path) -> None:
+    assert "hpcml resume" not in shown(samples.end(samples.a_run(tmp_path), "TIMEOUT", exit_code=143))
+
+
 def test_a_killed_run_without_a_marker_is_reported(tmp_path: Path) -> None:
     told = facts.collect(samples.train(samples.a_run(tmp_path), 3, 100.0))
     assert told.outcome.state == "UNKNOWN" and "no end marker" in told.outcome.reason
@@ -216,6 +279,109 @@ def test_where_the_code_came_from_is_told(tmp_path: Path) -> None:
         "python version": "3.11.9",
     }
     assert [(setting.name, setting.value) for setting in told.data] == [("mnist", "v3")]
+
+
+def test_each_setting_is_told_once_and_an_empty_one_not_at_all(tmp_path: Path) -> None:
+    run = samples.train(samples.a_run(tmp_path))
+    own = {"gpus": "", "node": "gpu07", "git.revision": "8c442ac", "topology_source": "srun step"}
+    samples.Writer(run).write(0.0, "params", values=own)
+    code = {"revision": "8c442ac", "branch": "main"}
+    rundir.write_json(run.path / "provenance.json", {"code": code, "python_version": "3.11.9"})
+    told = [(one.name, one.value) for one in facts.collect(samples.end(run)).provenance]
+    assert ("host", "gpu07") in told and ("python", "3.11.9") in told and ("git.branch", "main") in told
+    assert not {"gpus", "node", "python version"} & {name for name, _ in told}
+    assert len(told) == len(dict(told)) and all(value for _, value in told)
+    rundir.write_json(run.path / "provenance.json", {"python_version": "3.12.0"})
+    assert ("python version", "3.12.0") in [(one.name, one.value) for one in facts.collect(run).provenance]
+
+
+def asked(run: RunDir) -> dict[str, tuple[str, str]]:
+    told = facts.collect(run)
+    return {one.name: (one.value, one.origin) for one in asked_of(told.plan, told.measured)}
+
+
+def test_the_strategy_that_begin_was_told_is_told(tmp_path: Path) -> None:
+    run = samples.a_run(tmp_path, strategy=None)
+    assert "strategy" not in asked(run)
+    samples.Writer(run).write(0.0, "params", values={"strategy": "mirrored"})
+    assert asked(run)["strategy"] == ("mirrored", "begin()") and "strategy mirrored" in shown(run)
+    assert asked(samples.a_run(tmp_path, "own"))["mem_gb"] == ("64", "jobs/mnist.toml"), "the key is there already"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "device", "is_told"),
+    [
+        ("mirrored", "GPU:0", True),
+        ("ddp", "GPU:0", False),
+        ("horovod", "GPU:0", False),
+        ("horovod", "/device:GPU:0", True),
+    ],
+)
+def test_keras_is_told_where_keras_trains(tmp_path: Path, strategy: str, device: str, is_told: bool) -> None:
+    run = samples.a_run(tmp_path, strategy=strategy)
+    samples.Writer(run).write(9.0, "replicas", in_sync=2, expected=2, devices=[device], virtual=False)
+    assert ("keras" in asked(run)) is is_told
+
+
+def test_a_job_that_asked_for_no_gpu_has_no_virtual_devices(tmp_path: Path) -> None:
+    for virtual, said in ((0, False), (2, True)):
+        run = samples.a_run(tmp_path, f"v{virtual}", gpus_per_node=virtual)
+        samples.Writer(run).write(0.0, "params", values={"virtual_cpu_devices": virtual})
+        samples.Writer(run).write(9.0, "replicas", in_sync=2, expected=2, devices=["CPU:0"], virtual=True)
+        assert ("virtual CPU devices" in shown(samples.end(run))) is said
+
+
+def test_two_times_of_a_step_are_explained(tmp_path: Path) -> None:
+    run = samples.full(tmp_path)
+    samples.Writer(run).write(60.0, "metric", step=1, values={"profiled_steps": 11})
+    told = facts.collect(run)
+    words = "Steps 10 to 20 were profiled: 6.2 ms a step, with what the profiler itself costs."
+    words += " By the epochs, which leave out 11 steps for it, a step takes 6.2 ms."
+    text = " ".join(shown(run).split())
+    assert words in text and "median of the epochs after the first; 6.2 ms a step" in text
+    page = report.write(run).read_text()
+    assert words in page and "leave out the 11 steps that the profile slowed down" in page
+    assert not [series for series in told.metrics if series.name == "profiled_steps"], "it explains, and is no curve"
+
+
+def test_columns_without_a_number_are_left_out(tmp_path: Path) -> None:
+    run = samples.a_run(tmp_path)
+    for epoch in (1, 2):
+        samples.Writer(run).write(10.0 * epoch, "metric", step=epoch, values={"samples_per_s": 100.0, "loss": 0.5})
+    table = tables.epochs(facts.collect(samples.end(run)))
+    assert table is not None and [cell.text for cell in table.head] == ["Epoch", "Samples/s"]
+    table = tables.epochs(facts.collect(samples.full(tmp_path)))
+    assert table is not None and [cell.text for cell in table.head][2:] == ["Accuracy", "Validation accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.0"), (0.04, "0.04"), (0.996, "1.0"), (12.34, "12.3"), (0.5, "0.5"), (None, "–")]
+)
+def test_hardly_busy_is_not_idle(value: float | None, text: str) -> None:
+    assert cores(value) == text
+
+
+def short_training(root: Path, startup_s: float, training_s: float) -> RunDir:
+    """A run of ten epochs after a start-up."""
+    run = samples.a_run(root)
+    writer = samples.Writer(run)
+    writer.write(startup_s, "metric", step=0, values={"time_to_first_step_s": startup_s})
+    for epoch in range(1, 11):
+        at = startup_s + training_s * epoch / 10
+        writer.write(at, "metric", step=epoch, values={"loss": 1 / epoch, "samples_per_s": 100.0, "epoch_time_s": 0.1})
+    return samples.end(samples.telemetry(run, 70, gpus=0), elapsed_s=70.0)
+
+
+def test_a_long_start_up_does_not_squeeze_the_training(tmp_path: Path) -> None:
+    told = facts.collect(short_training(tmp_path, 60.0, 8.0))
+    part = span.training(told)
+    assert part is not None and (part.first_s, part.last_s) == (60.0, 68.0)
+    assert 59 < part.begin_s < 60 and 68 < part.end_s < 70
+    page = report.write(RunDir(tmp_path, told.id)).read_text()
+    assert "Start-up took 1 min 00 s, training 8.0 s: these curves begin with the first step." in page
+    assert "start-up, 60 s, is left out" in page and "shaded: training" in page
+    assert span.training(facts.collect(short_training(tmp_path / "long", 10.0, 55.0))) is None
+    assert span.training(facts.collect(samples.full(tmp_path / "full"))) is None
 
 
 def test_an_empty_directory_has_a_report(tmp_path: Path) -> None:
@@ -490,6 +656,35 @@ def test_the_command_on_a_real_failure(project: Path) -> None:
     assert hpcml(project, "run", "job.toml").returncode == 1
     told = hpcml(project, "report")
     assert told.returncode == 0 and "A file is not there" in told.stdout and "no-such-data.npz" in told.stdout
+
+
+KILLED = """
+import hpcml, time
+run = hpcml.begin()
+run.log(1, loss=1.0)
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_run_whose_launcher_was_killed_has_an_end_and_a_report(project: Path) -> None:
+    (project / "work.py").write_text(KILLED)
+    own = {"HPCML_SITE": "local", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "HPCML_DEVICES": "cpu"}
+    with subprocess.Popen([*HPCML, "run", "job.toml"], cwd=project, env={**os.environ, **own}, stdout=-1) as launcher:
+        assert launcher.stdout is not None
+        assert any(b"begun" in line for line in launcher.stdout)
+        launcher.kill()
+        launcher.stdout.read()  # its rank holds the other end until it has ended
+    told = hpcml(project, "status")
+    assert told.returncode == 0 and told.stdout.startswith("CANCELLED"), told.stdout + told.stderr
+    assert "its launcher was killed, which ended the work" in told.stdout and "report.html" in told.stdout
+    page = next((project / "runs").glob("*/report.html")).read_text()
+    assert "The process that started it was killed" in page and "CANCELLED" in page
+
+
+def test_status_tells_how_a_stopped_run_goes_on(project: Path) -> None:
+    run = samples.end(keep_checkpoint(samples.a_run(project / "runs")), "CANCELLED", exit_code=75, reason="stopped")
+    assert f"resume    hpcml resume {run.id} goes on from step 40" in hpcml(project, "status", run.id).stdout
 
 
 def test_the_command_says_which_runs_there_are(project: Path) -> None:

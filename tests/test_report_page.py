@@ -100,6 +100,47 @@ def test_curves_have_points_and_share_an_axis_with_the_epochs_marked(page_of: Op
     assert page.locator("#training .wide g[id*=epoch-8]").count() > 0
 
 
+# The rectangles of the words in the settings: one that was broken has two. A word ends at a sign, and may go on behind it.
+BROKEN = """() => {
+  const broken = [];
+  for (const cell of document.querySelectorAll('#settings th, #settings td')) {
+    const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode())
+      for (const word of node.data.matchAll(/[0-9.]+|[A-Za-z0-9]+/g)) {
+        const range = document.createRange();
+        range.setStart(node, word.index); range.setEnd(node, word.index + word[0].length);
+        if (range.getClientRects().length > 1) broken.push(word[0]);
+      }
+  }
+  return broken;
+}"""
+
+
+@pytest.mark.parametrize("width", [1100, 400])
+def test_no_word_of_the_settings_is_broken(page_of: Open, tmp_path: Path, width: int) -> None:
+    run = samples.train(samples.a_run(tmp_path, precision="float32", keras="legacy", params={"lr": 0.003}))
+    samples.Writer(run).write(0.0, "params", values={"threads.TF_NUM_INTRAOP_THREADS": "1 (cpus-per-task)"})
+    hashed = "863d288f405614af5bcea30dde6bf1ebd782f4afdd654648d5a4c78dd33efe01"
+    samples.Writer(run).write(0.0, "params", values={"env.lock": hashed})
+    page = page_of(report.write(samples.end(run)), width=width)
+    assert page.evaluate(BROKEN) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert hashed in page.inner_text("#settings").replace("\n", ""), "it breaks in places, and is copied whole"
+
+
+def test_the_training_has_an_axis_of_its_own_after_a_long_start_up(page_of: Open, tmp_path: Path) -> None:
+    run = samples.a_run(tmp_path)
+    writer = samples.Writer(run)
+    for epoch in range(1, 9):
+        writer.write(59.0 + epoch, "metric", step=epoch, values={"loss": 1 / epoch, "epoch_time_s": 1.0})
+    page = page_of(report.write(samples.end(samples.telemetry(run, 70), elapsed_s=70.0)))
+    places = "mark => mark.getBoundingClientRect()"
+    curve = page.locator("#training .wide g[id*=curve-0] path").first.evaluate(places)
+    assert curve["width"] > 0.8 * page.locator("#training .wide svg").bounding_box()["width"]
+    shaded = page.locator("#machine .wide g[id*=training] path").first.evaluate(places)
+    assert 0.05 < shaded["width"] / page.locator("#machine .wide svg").bounding_box()["width"] < 0.15
+
+
 def luminance(colour: str) -> float:
     red, green, blue = (int(part) for part in re.findall(r"\d+", colour)[:3])
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -17,6 +17,8 @@ import pytest
 
 from hpcml import job, plan, rundir, site
 from hpcml.cli.root import run as hpcml
+from hpcml.errors import HpcmlError
+from hpcml.facts import Facts
 from hpcml.job import Tuning
 from hpcml.tracking import journal
 
@@ -223,7 +225,7 @@ def test_an_unknown_setting_in_the_work_is_named(project: Path, capsys: pytest.C
 def resolved(folder: Path, text: str, where: str, cores: int | None = None) -> plan.Plan:
     (folder / "job.toml").write_text(text)
     wanted = job.load(folder / "job.toml")
-    return plan.resolve(wanted, site.load(where), plan.Facts(cores=cores))
+    return plan.resolve(wanted, site.load(where), Facts(cores=cores))
 
 
 def test_a_job_tuned_elsewhere_is_capped_here_and_refused_on_a_cluster(project: Path) -> None:
@@ -233,7 +235,7 @@ def test_a_job_tuned_elsewhere_is_capped_here_and_refused_on_a_cluster(project: 
     assert any("intra op threads: 4 instead of 16" in note for note in here.notes)
     assert plan.from_json(json.loads(json.dumps(here.to_json()))) == here
     with pytest.raises(
-        plan.HpcmlError,
+        HpcmlError,
         match=r"job.toml: tuning.intra_op_threads: .* = 16: more runnable threads than a task has cores",
     ):
         resolved(project, text, "generic")
@@ -243,7 +245,7 @@ def test_a_job_s_threads_fit_together(project: Path) -> None:
     text = 'script = "work.py"\n[resources]\ncpus_per_task = 8\n[tuning]\nintra_op_threads = 6\ndata_threads = 4\n'
     assert resolved(project, text, "local", cores=8).tuning == Tuning(intra_op_threads=4, data_threads=4)
     assert resolved(project, text, "local", cores=1).tuning == Tuning(intra_op_threads=1, data_threads=0)
-    with pytest.raises(plan.HpcmlError, match=r"at most 4 \(resources.cpus_per_task = 8, beside 4 data_threads\)"):
+    with pytest.raises(HpcmlError, match=r"at most 4 \(resources.cpus_per_task = 8, beside 4 data_threads\)"):
         resolved(project, text, "generic")
 
 

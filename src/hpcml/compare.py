@@ -1,16 +1,19 @@
 """A fair comparison: the same work by several strategies, one after the other, each with a run directory of its own."""
 
 import dataclasses
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import provision, rundir
-from .errors import HpcmlError
-from .interpreter import need_python
+from .errors import HpcmlError, Problem
+from .interpreter import need_python, python_of
 from .launch import local
 from .launch import slurm as launch_slurm
+from .launch.prepare import needs_framework, remedy
 from .node import batch
 from .plan import Plan, unfair
 from .rundir import RunDir
@@ -57,10 +60,58 @@ def parent_of(plans: Sequence[Plan]) -> Plan:
     )
 
 
+# A Python starts in some 20 ms; a first look at one on a cold network file system takes seconds.
+_ASK_S = 60
+_ASK = "import sys, importlib.util as u; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
+
+
+def need_environments(plans: Sequence[Plan], *, here: bool) -> None:
+    """Refuse plans whose Pythons lack what their strategies need, before anything is made.
+
+    Args:
+        here: whether they will run on this machine, so that Pythons other than this one can be asked, too.
+
+    Raises:
+        HpcmlError: all that is missing, with what brings it.
+    """
+    problems: list[Problem] = []
+    for plan in plans:
+        try:
+            needs_framework(plan)
+            if here:
+                need_python(plan)
+                _ask_python(plan)
+        except HpcmlError as error:
+            problems += [_with_build(plan, problem) for problem in error.problems]
+    if problems:
+        raise HpcmlError(dict.fromkeys(problems))
+
+
+def _ask_python(plan: Plan) -> None:
+    """Ask a plan's own Python for its framework; modules and a search path of the job's own may bring what it lacks."""
+    if not plan.env.python or plan.env.modules or "PYTHONPATH" in plan.env.vars:
+        return
+    words = [python_of(plan), "-c", _ASK, *plan.frameworks]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_ASK_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return  # it will say so itself, in the variant's log
+    if missing := done.stdout.split():
+        what = f"strategy {plan.strategy!r} needs {' and '.join(missing)}, which {words[0]} lacks"
+        raise HpcmlError(what, origin=plan.origins.get("strategy", ""), fix=remedy(missing))
+
+
+def _with_build(plan: Plan, problem: Problem) -> Problem:
+    """In an environment of its own Horovod comes by a command of its own."""
+    if plan.frameworks != ("horovod",) or not plan.env.python or os.environ.get("HPCML_PYTHON"):
+        return problem
+    first = "" if shutil.which(python_of(plan)) else "make that environment with torch or TensorFlow, then "
+    fix = f"{first}envs/horovod/install {plan.env.python}, which builds it for what is there; or leave [env] out of the job, "
+    return dataclasses.replace(problem, fix=f"{fix}and scripts/setup --horovod builds it into .venv")
+
+
 def start_here(parent: Plan, plans: Sequence[Plan], site: Site) -> RunDir:
     """Make the run directories of a comparison that runs here."""
-    for plan in plans:
-        need_python(plan)
     run = rundir.create(rundir.runs_root(site, Path(parent.project)), parent.name)
     try:
         rundir.write_json(run.plan, parent.to_json())
@@ -97,7 +148,18 @@ def run_here(run: RunDir, plans: Sequence[Plan], tell: Callable[[str], None]) ->
 
 
 def submit(parent: Plan, plans: Sequence[Plan], site: Site) -> tuple[RunDir, int]:
-    """Queue a comparison as one Slurm job."""
+    """Queue a comparison as one Slurm job.
+
+    Raises:
+        HpcmlError: its variants need several environments, of which a job has one; or Slurm refuses.
+    """
+    pythons = {plan.name: python_of(plan) for plan in plans}
+    modules = {plan.name: " ".join(plan.env.modules) for plan in plans}
+    for key, by_name in (("Python", pythons), ("modules", modules)):
+        if len(set(by_name.values())) > 1:
+            who = ", ".join(f"{name} has {value or 'none'}" for name, value in by_name.items())
+            fix = "one environment with all frameworks: scripts/setup --horovod; or hpcml compare inside an allocation"
+            raise HpcmlError(f"{key} differs: {who}", origin="[env]", allowed="the same for all of one job", fix=fix)
     return launch_slurm.submit_comparison(parent, plans, site)
 
 

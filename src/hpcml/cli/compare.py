@@ -8,7 +8,7 @@ import click
 
 from .. import queue, rundir
 from ..errors import DONE, INTERRUPTED, JOB_FAILED, HpcmlError
-from ..launch.prepare import needs_framework, prepare
+from ..launch.prepare import prepare
 from . import jobs, show
 from .root import json_option, site_option
 
@@ -33,9 +33,8 @@ def compare_command(
     first = prepared[0]
     plans = [ready.plan for ready in prepared]
     parent = compare.parent_of(plans)
-    for plan in plans:
-        needs_framework(plan)
     here = first.site.scheduler != "slurm" or bool(os.environ.get("SLURM_JOB_ID"))
+    compare.need_environments(plans, here=here)
     if here:
         run = compare.start_here(parent, plans, first.site)
         jobs.announce(first, f"comparison {run.id}", to_stderr=as_json)
@@ -58,6 +57,8 @@ def compare_command(
 
 def _report(run: rundir.RunDir, as_json: bool, follower: "show.Follower") -> int:
     from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
 
     from .. import compare
     from ..report import comparison, plot
@@ -68,9 +69,10 @@ def _report(run: rundir.RunDir, as_json: bool, follower: "show.Follower") -> int
     rundir.write_json(run.comparison, comparison.to_json(measured))
     with jobs.quiet_stdout(as_json):
         click.echo()
-        Console().print(comparison.table(measured))
+        console = Console()
+        console.print(comparison.table(measured))
         for note in measured.notes:
-            click.echo(f"  {note}")
+            console.print(Padding(Text(note), (0, 0, 0, 2)))
         try:
             plot.plot(measured, run.plot)
             click.echo(f"\n  plot      {run.plot}")

@@ -132,7 +132,7 @@ def run_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], s
     from ..launch import local
     from ..tracking import follow
 
-    ready = prepare(job, site or here(), dict(params), dict(settings))
+    ready = prepare(job, site, dict(params), dict(settings), here=True)
     needs_allocation(ready)
     needs_framework(ready.plan)
     run = local.make(ready.plan, rundir.runs_root(ready.site, Path(ready.plan.project)))
@@ -213,11 +213,6 @@ def announce(ready: Prepared, what: str, *, to_stderr: bool) -> None:
     click.echo(f"hpcml: {what} · site {ready.site.name} ({ready.why})", err=to_stderr)
     for note in ready.plan.notes:
         click.echo(f"  note: {note}", err=to_stderr)
-
-
-def here() -> str | None:
-    """The site of ``run``: inside an allocation the cluster's, else this machine even where a queue is at hand."""
-    return None if os.environ.get("SLURM_JOB_ID") or os.environ.get("HPCML_SITE") else "local"
 
 
 def needs_allocation(ready: Prepared) -> None:

@@ -16,6 +16,7 @@ from . import show
 from .root import json_option, site_option
 
 KEEP = 20
+TUNINGS = "tune"  # the folder of hpcml tune's trials, below the runs folder
 _AGE_S = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
@@ -52,12 +53,12 @@ def prune_command(
     site: str | None,
     as_json: bool,
 ) -> int:
-    """Delete the oldest ended runs that MLflow has; a run that is not delivered or not ended is kept.
+    """Delete the oldest ended runs that MLflow has, and tunings; what is not delivered or not ended is kept.
 
     With --max-gb and --older-than together a run goes that is too old, and then the oldest until the rest fits.
     """
     root = show.root_of(site)
-    tops = [run for run in rundir.every(root) if "/" not in run.id]
+    tops = _by_age([*(run for run in rundir.every(root) if "/" not in run.id), *tunings(root)])
     bounded = max_gb is not None or older_than is not None
     newest = keep if keep is not None else 0 if bounded else len(tops) if light else KEEP
     free = _prunable(tops if light else tops[newest:])
@@ -77,19 +78,54 @@ def prune_command(
         click.confirm(f"delete these {_words(total)} from {root}?", abort=True, err=True)
     for path in folders:
         _remove(path)
-    click.echo(f"deleted {len(doomed)} run{'s' * (len(doomed) != 1)}, {_words(total)}", err=as_json)
+    tuned = sum(map(_is_tuning, doomed))
+    counts = ((len(doomed) - tuned, "run"), (tuned, "tuning"))
+    gone = " and ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts if count or what == "run")
+    click.echo(f"deleted {gone}, {_words(total)}", err=as_json)
     return DONE
 
 
+def tunings(root: Path) -> list[RunDir]:
+    """Return the folders that ``hpcml tune`` left, the newest first: their trials are no runs of their own."""
+    above = RunDir(root, TUNINGS)
+    names = sorted((path.name for path in above.path.glob("*") if path.is_dir()), reverse=True)
+    return [above.child(name) for name in names]
+
+
+def _is_tuning(run: RunDir) -> bool:
+    return run.id.startswith(f"{TUNINGS}/")
+
+
+def _by_age(runs: list[RunDir]) -> list[RunDir]:
+    """Runs and tunings together, the newest first: the names of both begin with the time."""
+    return sorted(runs, key=lambda run: run.id.rpartition("/")[2], reverse=True)
+
+
 def _prunable(runs: list[RunDir]) -> set[RunDir]:
-    """Those that have ended and are in MLflow, with all that is below them; who can't be told about is not among them."""
+    """Those that have ended and are in MLflow, with all that is below them; who can't be told about is not among them.
+
+    A tuning's trials are in no MLflow: what they found is in its job file and in ``tune.json``.
+    """
     from ..tracking.mlflow import is_delivered
 
-    states, silence = queue.states_of(runs)
+    tuned = {run for run in runs if _is_tuning(run)}
+    others = [run for run in runs if run not in tuned]
+    states, silence = queue.states_of(others)
     if silence is not None:
         click.echo(f"hpcml: runs that may go on are kept: {silence}", err=True)
-    ended = [run for run, state in zip(runs, states, strict=True) if state.is_final]
-    return {run for run in ended if all(map(is_delivered, [run, *rundir.children(run)]))}
+    ended = [run for run, state in zip(others, states, strict=True) if state.is_final]
+    delivered = {run for run in ended if all(map(is_delivered, [run, *rundir.children(run)]))}
+    return delivered | {run for run in tuned if _is_tuned(run)}
+
+
+def _is_tuned(run: RunDir) -> bool:
+    """Whether a tuning has ended: it left its result, or it was killed and has not begun a trial for a day."""
+    if (run.path / "tune.json").exists():
+        return True
+    trials = rundir.children(run)
+    newest = max((path.stat().st_mtime for path in (run.path, *(trial.path for trial in trials))), default=0.0)
+    idle = time.time() - newest > _AGE_S["d"]
+    return idle and not any(rundir.owner_is_alive(trial) for trial in trials)
 
 
 def _chosen(root: Path, old: list[RunDir], max_gb: float | None, older_than: float | None) -> list[RunDir]:

@@ -15,6 +15,7 @@ from .. import queue, rundir
 from .. import site as sites
 from ..errors import BAD_INPUT, DONE, JOB_FAILED, SERVICE_SILENT, HpcmlError, ServiceSilent
 from ..job import clock
+from ..report import resumable
 from ..report.text_of import number
 from ..rundir import RunDir
 from ..tracking import journal
@@ -153,6 +154,8 @@ def summary(run: RunDir, state: queue.State) -> str:
     metrics = _last_metrics(run)
     if metrics:
         lines.append("  metrics   " + ", ".join(f"{name} {number(value)}" for name, value in metrics.items()))
+    if state.is_final and (step := resumable.step_to_resume(run, state.name, state.exit_code)) is not None:
+        lines.append(f"  resume    {resumable.in_words(run.id, step)}")
     lines.append(f"  files     {run.path}")
     if run.notebook(0).exists():
         lines.append(f"  notebook  {run.notebook(0)}")

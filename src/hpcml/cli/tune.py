@@ -71,7 +71,7 @@ def tune_command(
     """
     from ..tune import tuner, write
 
-    ready = prepare(job, site or jobs.here(), dict(params), dict(settings))
+    ready = prepare(job, site, dict(params), dict(settings), here=True)
     names = tuple(name for text in only for name in text.split(",") if name)
     wanted = tuner.Wanted(names, batch, budget or tuner.BUDGET_S)
     tuner.check(ready.plan, wanted)

@@ -42,17 +42,23 @@ def prepare(
     settings: Mapping[str, str] | None = None,
     *,
     ask_queue: bool = True,
+    here: bool = False,
 ) -> Prepared:
     """Load a job, choose the site, look up facts and resolve.
 
     Args:
         ask_queue: whether limits also come from sinfo, where the site has a queue.
+        here: it is to run here: without a word about the site that is this machine, even where a queue is at hand,
+            except inside an allocation.
 
     Raises:
         HpcmlError: everything that is wrong with the job at this site.
     """
     wanted = job.load(job_file, params, settings)
-    where, why = sites.choose(site_name, None if site_name else commands.cluster_name())
+    if here and not (site_name or os.environ.get("SLURM_JOB_ID") or os.environ.get("HPCML_SITE")):
+        where, why = sites.load("local"), "this machine"
+    else:
+        where, why = sites.choose(site_name, None if site_name else commands.cluster_name())
     decided = plan.resolve(wanted, where, facts.gather(wanted, where, ask_queue=ask_queue))
     devices.mode_of(os.environ)  # what a worker would refuse is refused here, before anything is made
     topology.wanted_port(decided.tasks, os.environ)

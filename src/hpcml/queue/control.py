@@ -47,9 +47,8 @@ def cancel(run: RunDir) -> State:
     submitted = rundir.read_json(run.submitted)
     plan = rundir.read_json(run.plan)
     if plan.get("work") == "session":
-        raise HpcmlError(
-            f"run {run.id} is a process in an allocation, not a job", fix="Ctrl-C where it runs, or end it there"
-        )
+        where = "a process in an allocation" if submitted else "a process"
+        raise HpcmlError(f"run {run.id} is {where}, not a job", fix=_by_hand(run))
     if state.slurm_job_id is not None and "/" in run.id and rundir.slurm_job_id(run) in (None, state.slurm_job_id):
         parent = RunDir(run.root, run.id.split("/")[0])
         if (
@@ -70,8 +69,17 @@ def cancel(run: RunDir) -> State:
     elif plan.get("work") == "function":
         _end_here(run)
     else:
-        raise HpcmlError(f"run {run.id} is not a Slurm job", fix="it runs in a terminal of yours: Ctrl-C there")
+        raise HpcmlError(f"run {run.id} is not a Slurm job", fix=_by_hand(run))
     return state
+
+
+def _by_hand(run: RunDir) -> str:
+    """How to end a run that a terminal may hold, or none: after nohup, or in the background of a shell that is gone."""
+    owner = rundir.read_json(run.owner)
+    if not owner or not rundir.owner_is_alive(run):
+        return "Ctrl-C in the terminal that it runs in"
+    there = "" if rundir.is_owned_here(run) else f" on {owner['host']}"
+    return f"Ctrl-C in its terminal; without one: kill {owner['pid']}{there}"
 
 
 def _end_here(run: RunDir) -> None:

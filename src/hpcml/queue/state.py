@@ -14,6 +14,7 @@ from ..errors import HpcmlError
 from ..rundir import RunDir
 from ..slurm import commands
 from ..slurm.text import ENDED, WAITING, JobState
+from . import orphan
 from .progress import progress
 
 # Slurm acts on a time limit about 10 s late, and its clock is not ours.
@@ -229,7 +230,7 @@ def _note_wait(run: RunDir, submitted: dict[str, Any], reason: str) -> None:
 
 def _settled(run: RunDir, marker: dict[str, Any], known: JobState, common: dict[str, Any]) -> State:
     """Slurm's word on an ended job goes into the marker: without accounting it forgets the job after a while."""
-    told = {"TIMEOUT": "past its time limit", "CANCELLED": "cancelled"}
+    told = {"TIMEOUT": "past its time limit", "CANCELLED": "cancelled", "NODE_FAIL": "a node of the job was lost"}
     reason = told.get(known.state) or marker.get("reason") or known.reason
     code = known.exit_code if known.exit_code is not None else marker.get("exit_code")
     final = {"state": known.state, "reason": reason, "exit_code": code, "final": True, "told_by": known.source}
@@ -239,20 +240,34 @@ def _settled(run: RunDir, marker: dict[str, Any], known: JobState, common: dict[
 
 
 def _without_slurm(run: RunDir, common: dict[str, Any]) -> State:
-    """A local or bare run: it is running while its process is; that one has left a marker, or died without a word."""
+    """A local or bare run: it is running while its process is; that one has left a marker, or died without a word.
+
+    Of one that died the ranks may have left theirs: what these say is kept as the run's.
+    """
     if rundir.owner_is_alive(run):
         with contextlib.suppress(OSError):
             common = {**common, "started": run.owner.stat().st_mtime}
         return State(name="RUNNING", source="hpcml", **common)
     marker = rundir.read_json(run.status)  # again: it may have been written, and the process ended, since
     if marker:
-        seen = {key: marker.get(key) for key in ("started", "ended", "replicas_in_sync", "exit_code")}
-        reason = str(marker.get("reason", ""))
-        return State(name=str(marker["state"]), reason=reason, source="marker", **{**common, **seen})
+        return _marked(marker, common)
     if "/" in run.id and not run.owner.exists() and rundir.owner_is_alive(RunDir(run.root, run.id.split("/")[0])):
         return State(name="PENDING", reason="waits for its turn in the comparison", source="hpcml", **common)
-    reason = "its process ended without an end marker"
-    return State(name="UNKNOWN", reason=reason, source="hpcml", **common)
+    if rundir.read_json(run.plan).get("work") in ("comparison", "session"):  # these have no launcher
+        return State(name="UNKNOWN", reason="its process ended without an end marker", source="hpcml", **common)
+    if orphan.is_ending(run):
+        return State(name="COMPLETING", reason=f"{orphan.KILLED}; its ranks are ending", source="hpcml", **common)
+    if marker := orphan.marker_of(run):
+        with contextlib.suppress(OSError):
+            rundir.write_json(run.status, marker)
+        return _marked(marker, common)
+    return State(name="UNKNOWN", reason=orphan.why_unknown(run), source="hpcml", **common)
+
+
+def _marked(marker: dict[str, Any], common: dict[str, Any]) -> State:
+    seen = {key: marker.get(key) for key in ("started", "ended", "replicas_in_sync", "exit_code")}
+    reason = str(marker.get("reason", ""))
+    return State(name=str(marker["state"]), reason=reason, source="marker", **{**common, **seen})
 
 
 def _forgotten(run: RunDir, marker: dict[str, Any], common: dict[str, Any]) -> State:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..job import clock
 from .facts import Report
-from .text_of import gib, percent, seconds_text
+from .text_of import cores, gib, percent, seconds_text
 
 # A request is called too large above this ratio to what is advised; below it the gain is not worth an edit.
 GENEROUS = 1.5
@@ -90,7 +90,7 @@ def _cores(report: Report) -> Iterator[Advice]:
     if plan.cpus_per_task > GENEROUS * wanted:
         per_task = f" in {plan.tasks_per_node} tasks" if plan.tasks_per_node > 1 else ""
         evidence = (
-            f"asked {report.usage.cores_asked} cores a node{per_task}, 95 % of the time at most {used:.1f} were busy"
+            f"asked {report.usage.cores_asked} cores a node{per_task}, 95 % of the time at most {cores(used)} were busy"
         )
         yield Advice("Ask for fewer cores", evidence + _capped(report), (f"cpus_per_task = {wanted}",))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..job import clock
 from .comparison import percent_text, replicas_text, speedup_text
 from .facts import Report
-from .text_of import MISSING, energy, gib, hours, number, percent, seconds_text
+from .text_of import MISSING, cores, energy, gib, hours, number, percent, seconds_text
 
 # Slurm's reasons for waiting (squeue(1), JOB REASON CODES) in plain words; others are told as they are.
 WAITS = {
@@ -54,8 +54,7 @@ def cards(report: Report) -> list[Card]:
     m, usage = report.measured, report.usage
     found = [Card("Duration", seconds_text(usage.elapsed_s), _when(report))]
     if m.samples_per_s is not None:
-        step = f"{number(m.step_time_ms)} ms a step" if m.step_time_ms is not None else "samples/s"
-        found.append(Card("Throughput", f"{number(m.samples_per_s)}/s", f"samples; {step}"))
+        found.append(Card("Throughput", f"{number(m.samples_per_s)}/s", _speed_note(report)))
     if m.accuracy is not None:
         note = "validation, last epoch" if m.validated else "training data, last epoch"
         found.append(Card("Accuracy", percent_text(m.accuracy, 2), note))
@@ -91,11 +90,8 @@ def uses(report: Report) -> list[Use]:
         asked = clock(u.time_limit_s) if u.time_limit_s else MISSING
         found.append(Use("Time", asked, seconds_text(u.elapsed_s), _share(u.elapsed_s, u.time_limit_s)))
     if u.cores_asked:
-        used = (
-            MISSING
-            if u.cores_mean is None
-            else f"{u.cores_mean:.1f} busy on average, {u.cores_p95:.1f} at the 95th percentile"
-        )
+        used = f"{cores(u.cores_mean)} busy on average, {cores(u.cores_p95)} at the 95th percentile"
+        used = MISSING if u.cores_mean is None else used
         found.append(Use("Cores a node", str(u.cores_asked), used, _share(u.cores_mean, u.cores_asked)))
     if u.memory_asked_gib or u.memory_peak_gib is not None:
         asked = f"{u.memory_asked_gib} GiB" if u.memory_asked_gib else MISSING
@@ -109,6 +105,21 @@ def uses(report: Report) -> list[Use]:
             used = f"{u.gpus} given" + ("" if u.gpu_utilization is None else f", {used}")
         found.append(Use("GPUs", str(u.gpus_asked or 0), used, u.gpu_utilization))
     return found
+
+
+def split_note(report: Report) -> str:
+    """Return which steps were profiled, and why a step takes another time there than by the epochs."""
+    split, by_epochs = report.split, report.measured.step_time_ms
+    if split is None:
+        return ""
+    which = f"Steps {split.first} to {split.last}" if split.first is not None else "Some steps"
+    if split.step_ms is None:
+        return f"{which} were profiled."
+    said = f"{which} were profiled: {number(split.step_ms)} ms a step, with what the profiler itself costs."
+    if by_epochs is not None:
+        without = f", which leave out {_count(split.left_out, 'step')} for it" if split.left_out else ""
+        said += f" By the epochs{without}, a step takes {number(by_epochs)} ms."
+    return said
 
 
 def wait_text(report: Report) -> str:
@@ -125,8 +136,8 @@ def lead(report: Report) -> list[str]:
     plan = report.plan
     what = {"notebook": "Notebook", "script": "Script", "command": "Command", "function": "Function"}
     words = [f"{what.get(report.work, report.work.capitalize())} {report.target}".strip()]
-    if plan and plan.strategy:
-        words.append(f"strategy {plan.strategy}")
+    if report.measured.strategy:
+        words.append(f"strategy {report.measured.strategy}")
     if report.comparison:
         words = [f"Comparison of {', '.join(row.measured.name for row in report.comparison.rows)}"]
     place = [f"site {plan.site}"] if plan else []
@@ -178,6 +189,14 @@ def _best(report: Report) -> list[Card]:
     ):
         found.append(Card("Efficiency", percent(best.efficiency), "speed-up over the ratio of replicas"))
     return found
+
+
+def _speed_note(report: Report) -> str:
+    m = report.measured
+    counted = sum(epoch.samples_per_s is not None for epoch in m.epochs)
+    which = "the one epoch" if counted == 1 else "median of the epochs after the first"
+    step = f"; {number(m.step_time_ms)} ms a step" if m.step_time_ms is not None else ""
+    return f"samples, {which}{step}"
 
 
 def _when(report: Report) -> str:

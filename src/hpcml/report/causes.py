@@ -4,7 +4,10 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
+from ..errors import STOPPED
+from . import resumable
 from .facts import Report
+from .logs import LogEnd
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,12 @@ class Cause:
     @property
     def sentence(self) -> str:
         """The cause as a sentence; a variant's name stays as it is."""
-        return f"{self.variant}: {self.what}" if self.variant else f"{self.what[:1].upper()}{self.what[1:]}"
+        if self.variant:
+            return f"{self.variant}: {self.what}"
+        is_word = re.match(
+            r"[a-z]+ ", self.what
+        )  # what an error begins with may be a name, as in `lr = 0 is too small`
+        return self.what[:1].upper() + self.what[1:] if is_word else self.what
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,16 @@ _SIGNALS = {
     ),
     143: ("it was asked to stop (SIGTERM)", "if nobody did: its time limit, a lost rank, or a preemption"),
 }
+_STOPPED = ("it was asked to stop, and saved where it was", "start it again when it is wanted")
+_LAUNCHER_KILLED = (
+    "the process that started it was killed, and its ranks ended with it",
+    "hpcml submit queues it where there is a queue; else keep the terminal open (tmux), and watch the memory (hpcml top)",
+)
+# An error of hpcml's own with what it allows and advises on the lines below, in a traceback or as a worker says it.
+_OWN_ERROR = re.compile(
+    r"(?:\[rank\d+\]: )?(?:hpcml\.errors\.)?(?:HpcmlError|JobFailed|ServiceSilent|hpcml): (?P<what>.+)"
+)
+_OWN_LINE = re.compile(r"(?:\[rank\d+\]: )?  (?P<kind>allowed|fix): (?P<text>.+)")
 _NO_COMMAND = ("the command was not found", "check its name, and the modules and PATH in [env]")
 
 
@@ -191,20 +209,63 @@ def likely_cause(report: Report) -> Cause | None:
 
     What Slurm says of the end goes first, then the log's last lines, then the exit code.
     """
-    outcome = report.outcome
-    if outcome.completed or outcome.state in ("RUNNING", "PENDING"):
+    if report.outcome.completed or report.outcome.state in ("RUNNING", "PENDING"):
         return None
     if report.failed:
         return _of_variant(report.failed[0])
-    if outcome.state in _STATES:
-        what, fix = _STATES[outcome.state]
-        return Cause(what, f"state {outcome.state}" + (f": {outcome.reason}" if outcome.reason else ""), fix)
+    cause = _of_end(report) or _of_words(report) or _of_code(report)
+    if cause is None or report.resume_step is None:
+        return cause
+    return dataclasses.replace(cause, fix=f"{resumable.in_words(report.id, report.resume_step)}; or {cause.fix}")
+
+
+def _of_end(report: Report) -> Cause | None:
+    """What the state alone tells: somebody or something from outside ended it."""
+    outcome = report.outcome
+    if outcome.state not in _STATES:
+        return None
+    what, fix = _STATES[outcome.state]
+    if outcome.exit_code == STOPPED:
+        what, fix = _STOPPED
+    elif "launcher was killed" in outcome.reason:
+        what, fix = _LAUNCHER_KILLED
+    return Cause(what, f"state {outcome.state}" + (f": {outcome.reason}" if outcome.reason else ""), fix)
+
+
+def _of_words(report: Report) -> Cause | None:
+    """What the work said last: an error that says itself what to do, else the first known pattern."""
+    outcome = report.outcome
+    for end in report.logs:
+        if cause := _of_own_error(end, outcome.reason):
+            return cause
     said = [outcome.reason, *(m.text for m in report.messages if m.level == "error")]
     lines = [line for text in said for line in text.splitlines()]
     lines += [line for end in report.logs for line in reversed(end.lines)]
-    if cause := _of_lines(lines):
-        return cause
-    code = outcome.exit_code
+    return _of_lines(lines)
+
+
+def _of_own_error(end: LogEnd, reason: str) -> Cause | None:
+    """The error of hpcml's own that a run ended by, with the lines below it; the run's reason tells that it is that one."""
+    where = "Slurm's output" if end.rank is None else f"the log of rank {end.rank}"
+    for place, line in enumerate(end.lines):
+        found = _OWN_ERROR.match(line)
+        if not found or found["what"][:80] not in reason:
+            continue
+        told = {}
+        for below in end.lines[place + 1 :]:
+            if not (more := _OWN_LINE.match(below)):
+                break
+            told[more["kind"]] = more["text"]
+        if told:
+            allowed = f"allowed: {told['allowed']}" if "allowed" in told else ""
+            return Cause(
+                found["what"], f"hpcml itself says so, in {where}", "; ".join(filter(None, [told.get("fix"), allowed]))
+            )
+    return None
+
+
+def _of_code(report: Report) -> Cause | None:
+    outcome, code = report.outcome, report.outcome.exit_code
     if code in _SIGNALS or code == 127:
         what, fix = _NO_COMMAND if code == 127 else _SIGNALS[code]
         return Cause(what, f"exit code {code}", fix)

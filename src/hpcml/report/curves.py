@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .facts import Report
 from .plot import COLOURS, DASHES, GREY
 from .series import Series, m4
+from .span import Span, end_s
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ STYLE = {
     "svg.fonttype": "none",
     "path.simplify": True,
 }
+_UNITS = {"s": 1, "min": 60, "h": 3600}
 _GRID, _EPOCH = "#DDDDDD", "#BBBBBB"
 
 
@@ -67,12 +69,7 @@ def training(report: Report) -> tuple[Panel, ...]:
     panels = []
     if "samples_per_s" in own:
         panels.append(Panel("Throughput (samples/s)", (_line("samples_per_s", own.pop("samples_per_s")),)))
-    for name in (
-        "epoch_time_s",
-        "step_time_ms",
-        "time_to_first_step_s",
-        "profiled_steps",
-    ):  # told in numbers, by each epoch
+    for name in ("epoch_time_s", "step_time_ms", "time_to_first_step_s"):  # told in numbers, by each epoch
         own.pop(name, None)
     names = sorted(own, key=lambda name: (_rank_of(name), list(own).index(name)))
     for base in dict.fromkeys(name.removeprefix("val_") for name in names):
@@ -105,14 +102,19 @@ def machine(report: Report) -> tuple[Panel, ...]:
     return tuple(panel for panel in panels if any(line.times_s for line in panel.lines))
 
 
-def end_s(report: Report) -> float:
-    """Return the end of the time axis, in seconds since the run began."""
-    last = [series.times_s[-1] for series in (*report.metrics, *report.telemetry) if series.times_s]
-    return max([report.outcome.elapsed_s or 0.0, *last]) or 1.0
-
-
-def draw(panels: Sequence[Panel], report: Report, *, narrow: bool = False) -> "Figure":
+def draw(
+    panels: Sequence[Panel],
+    report: Report,
+    *,
+    narrow: bool = False,
+    only: Span | None = None,
+    shaded: Span | None = None,
+) -> "Figure":
     """Return the panels one below the other as a figure, free of pyplot and of the user's style.
+
+    Args:
+        only: the part of the run to draw; by default all of it.
+        shaded: the part of the run to mark as the training.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -127,15 +129,22 @@ def draw(panels: Sequence[Panel], report: Report, *, narrow: bool = False) -> "F
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
-        until, unit = _time_unit(end_s(report))
+        begin, end = (only.begin_s, only.end_s) if only else (0.0, end_s(report))
+        unit = _time_unit(end)
         for number, panel in enumerate(panels):
             top = height - number * (PANEL_IN + HEAD_IN) - HEAD_IN
             box = (LEFT_IN / width, (top - PANEL_IN) / height, (width - LEFT_IN - RIGHT_IN) / width, PANEL_IN / height)
             axes = figure.add_axes(box)
             _draw_panel(axes, panel, columns, narrow)
-            axes.set_xlim(0, end_s(report))
-            _mark_epochs(axes, report.epochs, is_first=number == 0)
-            _time_axis(axes, until, unit, is_last=number == len(panels) - 1, narrow=narrow)
+            axes.set_xlim(begin, end)
+            _mark_epochs(axes, report.epochs)
+            if shaded:
+                axes.axvspan(
+                    shaded.first_s, shaded.last_s, color=_GRID, alpha=0.6, linewidth=0, zorder=0, gid="training"
+                )
+            _time_axis(axes, begin, end, unit, narrow=narrow)
+            axes.tick_params(axis="x", labelbottom=number == len(panels) - 1)
+        axes.set_xlabel(_time_label(unit, only, shaded, narrow=narrow), fontsize=8, color=GREY)
     return figure
 
 
@@ -187,31 +196,34 @@ def _y_limits(axes: "Axes", panel: Panel) -> None:
         axes.set_ylim(low - 0.5, high + 0.5)
 
 
-def _mark_epochs(axes: "Axes", epochs: Mapping[int, float], *, is_first: bool) -> None:
-    """Mark the end of each epoch, of many only each so-manieth; numbers stand below the first panel's lines."""
+def _mark_epochs(axes: "Axes", epochs: Mapping[int, float]) -> None:
+    """Mark the end of each epoch, of many only each so-manieth."""
     every = max(1, math.ceil(len(epochs) / MOST_EPOCHS))
     for number, at in epochs.items():
         if number % every == 0:
             axes.axvline(at, color=_EPOCH, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0.5, gid=f"epoch-{number}")
 
 
-def _time_axis(axes: "Axes", until: float, unit: str, *, is_last: bool, narrow: bool) -> None:
+def _time_axis(axes: "Axes", begin: float, end: float, unit: str, *, narrow: bool) -> None:
     from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-    scale = {"s": 1, "min": 60, "h": 3600}[unit]
-    ticks = MaxNLocator(nbins=4 if narrow else 8, steps=[1, 2, 3, 5, 10]).tick_values(0, until)
+    scale = _UNITS[unit]
+    ticks = MaxNLocator(nbins=4 if narrow else 8, steps=[1, 2, 3, 5, 10]).tick_values(begin / scale, end / scale)
     axes.xaxis.set_major_locator(MultipleLocator(float(ticks[1] - ticks[0]) * scale))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
-    if is_last:
-        axes.set_xlabel(f"Time since the start ({unit}); dashed: end of an epoch", fontsize=8, color=GREY)
-    else:
-        axes.tick_params(axis="x", labelbottom=False)
 
 
-def _time_unit(seconds: float) -> tuple[float, str]:
-    if seconds < 180:
-        return seconds, "s"
-    return (seconds / 60, "min") if seconds < 3 * 3600 else (seconds / 3600, "h")
+def _time_label(unit: str, only: Span | None, shaded: Span | None, *, narrow: bool) -> str:
+    """What the axis shows and its marks mean; a narrow figure has room for about 60 characters a line."""
+    marks = "dashed: end of an epoch" + ("; shaded: training" if shaded else "")
+    if only is None:
+        return f"Time since the start ({unit}); {marks}"
+    begins = f"start-up, {only.first_s / _UNITS[unit]:.3g} {unit}, is left out"
+    return f"Time since the start ({unit}); {begins}{chr(10) if narrow else '; '}{marks}"
+
+
+def _time_unit(seconds: float) -> str:
+    return "s" if seconds < 180 else "min" if seconds < 3 * 3600 else "h"
 
 
 def _y_text(value: float, _: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from .. import plan as plans
 from .. import rundir
 from ..rundir import RunDir, read_json
-from . import logs, records, variants
+from . import absent, logs, records, resumable, variants
 from .comparison import ONGOING, Comparison, compare
 from .measured import Measured, measure, plan_of
 from .records import Records
@@ -68,13 +68,19 @@ class Queue:
 
 @dataclass(frozen=True)
 class Split:
-    """Where the time of a step goes, in milliseconds, from a profile of steps ``first`` to ``last``."""
+    """Where the time of a step goes, in milliseconds, from a profile of steps ``first`` to ``last``.
+
+    Attributes:
+        step_ms: a profiled step, which the profiler slows down.
+        left_out: steps that the epochs' speeds leave out because of the profile.
+    """
 
     first: int | None
     last: int | None
     step_ms: float | None
     parts_ms: Mapping[str, float]
     advice: str = ""
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class Report:
         failed: the variants of a comparison that failed.
         comparison: of a run with variants, None for others.
         lost: records that could not be kept.
+        resume_step: the step of the checkpoint that ``hpcml resume`` lets it go on from; None where it can't.
         missing: what could not be told, and why, in words.
     """
 
@@ -136,6 +143,7 @@ class Report:
     lost: int
     missing: tuple[str, ...]
     failed: tuple["Report", ...] = ()
+    resume_step: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as plain JSON data; what JSON has no number for is ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
@@ -186,7 +194,7 @@ def collect(
         gpus=gpus,
         usage=usage_of(plan, outcome.elapsed_s, measured.virtual, found, telemetry, gpus),
         epochs={n: round(at - begin_s, 3) for n, at in sorted(found.epochs.items()) if n > 0},
-        metrics=records.series_of(found.metrics, begin_s),
+        metrics=records.series_of(records.shown(found.metrics), begin_s),
         telemetry=telemetry,
         split=split,
         **settings_of(plan, found, read_json(run.path / "provenance.json")),
@@ -197,8 +205,9 @@ def collect(
         lost=found.lost + (status["lost"] if isinstance(status.get("lost"), int) else 0),
         missing=(),
         failed=failed,
+        resume_step=resumable.step_to_resume(run, outcome.state, outcome.exit_code),
     )
-    return dataclasses.replace(report, missing=_missing(report))
+    return dataclasses.replace(report, missing=absent.missing(report))
 
 
 def _failed(
@@ -259,7 +268,9 @@ def _split(found: Records) -> Split | None:
     advice = record.get("advice")
     lines = advice if isinstance(advice, list) else [advice] if advice else []
     step = _time(values.get("step_ms", values.get("step")))
-    return Split(_int(record.get("first")), _int(record.get("last")), step, parts, " ".join(map(str, lines)))
+    slowed = found.metrics.get((0, records.PROFILED_STEPS))
+    left_out = int(sum(value for value in slowed.values if math.isfinite(value))) if slowed else 0
+    return Split(_int(record.get("first")), _int(record.get("last")), step, parts, " ".join(map(str, lines)), left_out)
 
 
 def _messages(found: Records, begin_s: float) -> tuple[Message, ...]:
@@ -268,24 +279,6 @@ def _messages(found: Records, begin_s: float) -> tuple[Message, ...]:
         for r in found.of_kind("message")
     ]
     return tuple(message for message in told if message.text)
-
-
-def _missing(report: Report) -> tuple[str, ...]:
-    """Say plainly what a reader might look for and not find."""
-    if report.comparison:
-        return ()
-    told = []
-    if not report.telemetry:
-        told.append("GPU and CPU curves, peak memory and energy: no telemetry was recorded")
-    elif not report.gpus:
-        told.append("GPU curves: no GPU was seen by the telemetry")
-    if not report.metrics:
-        told.append("training curves: nothing was logged; hpcml.begin() and run.log(step, loss=…) record metrics")
-    if report.split is None:
-        told.append("step-time split: no profile was taken")
-    if report.lost:
-        told.append(f"{report.lost} records: they could not be written (a full disk or quota)")
-    return tuple(told)
 
 
 def _int(value: object) -> int | None:

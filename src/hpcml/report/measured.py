@@ -30,9 +30,10 @@ class Measured:
     """What one run measured in its last restart; None where it recorded nothing.
 
     Attributes:
+        strategy: the job's, else the one that ``begin()`` was told.
         state: the end marker's, such as ``COMPLETED``; ``UNKNOWN`` without a marker of the last restart.
         replicas: replicas in sync; ``expected_replicas`` as planned.
-        virtual: whether the devices are virtual CPU devices, which share the same cores.
+        virtual: whether the devices are virtual CPU devices, which share the same cores; a job that asked for no GPU has none.
         devices: names as the framework gives them.
         global_batch: samples a step, over all replicas.
         samples_per_s: over all replicas; median of the epochs after the first, which also traces and warms up. A
@@ -78,11 +79,11 @@ def measure(run: RunDir, found: Records | None = None) -> Measured:
     return Measured(
         name=run.id.rsplit("/", 1)[1] if "/" in run.id else plan.name if plan else run.id,
         run_id=run.id,
-        strategy=plan.strategy if plan else None,
+        strategy=(plan.strategy if plan else None) or _told(found, "strategy"),
         state=state,
         replicas=_count(replicas.get("in_sync", status.get("replicas_in_sync"))),
         expected_replicas=_count(replicas.get("expected")),
-        virtual=replicas.get("virtual") is True,
+        virtual=replicas.get("virtual") is True and _param(found, "virtual_cpu_devices") != 0,
         devices=tuple(map(str, names)) if isinstance(names, list) else (),
         global_batch=_count(plan.effective_params.get("global_batch")) if plan else None,
         samples_per_s=_steady(metrics, "samples_per_s"),
@@ -102,6 +103,15 @@ def plan_of(run: RunDir) -> plans.Plan | None:
         return plans.from_json(read_json(run.plan))
     except (KeyError, TypeError):
         return None
+
+
+def _param(found: Records, name: str) -> object:
+    return found.params.get(0, {}).get(name)
+
+
+def _told(found: Records, name: str) -> str | None:
+    value = _param(found, name)
+    return value if isinstance(value, str) and value else None
 
 
 def _metrics(found: Records) -> dict[int, dict[str, float | None]]:

@@ -13,14 +13,18 @@ from .advice import REHEARSED, Advice, advice
 from .cards import cards, lead
 from .causes import likely_causes
 from .facts import Report
-from .settings import Setting
+from .settings import Setting, asked_of
 from .tables import Table
-from .text_of import MISSING
 
 if TYPE_CHECKING:
     from .pictures import Picture
 
 _FOLDER = Path(__file__).parent
+# Where a name, path or hash may go on in the next line: behind a sign, unless that stands in a number, and in what has
+# no sign for long. A browser left alone breaks 0.003 and float32 anywhere.
+_SIGN = re.compile(r"(?<![0-9][_/.:,=@-])(?<=[_/.:,=@-])(?=\w)|(?<=[_/.:,=@-])(?=[^\W\d_])")
+_LONG = re.compile(r"[^\W_]{25,}")
+_PIECE = 16
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def html(report: Report, pictures: "Sequence[Picture]" = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     shown_notebook = _notebook(report, Markup)
     style = (_FOLDER / "page.css").read_text(encoding="utf-8") + (notebook.css() if shown_notebook else "")
     logs = _logs(report)
@@ -98,6 +103,15 @@ def html(report: Report, pictures: "Sequence[Picture]" = ()) -> str:
     return re.sub(r"\n{2,}", "\n", text).encode("utf-8", "replace").decode()
 
 
+def _breakable(text: str) -> Any:
+    """Return text as HTML that may break at signs only; what is copied from it stays whole."""
+    from markupsafe import Markup, escape
+
+    marked = _SIGN.sub("\0", text.replace("\0", ""))
+    marked = _LONG.sub(lambda run: "\0".join(re.findall(f".{{1,{_PIECE}}}", run[0])), marked)
+    return Markup(str(escape(marked)).replace("\0", "<wbr>"))
+
+
 def _advice(report: Report) -> list[Block]:
     items = [_item(one) for one in advice(report)]
     notes: tuple[str, ...] = ()
@@ -116,7 +130,7 @@ def _item(one: Advice) -> _Item:
 def _sections(report: Report, pictures: "Sequence[Picture]", markup: Any) -> list[Block]:
     """Pictures and tables in the order of what is asked first; a table goes into the section of its picture."""
     drawn = {p.name: _Drawn(markup(p.wide), markup(p.narrow)) for p in pictures}
-    titles = {p.name: p.title for p in pictures}
+    titles, said = {p.name: p.title for p in pictures}, {p.name: p.notes for p in pictures}
     made = {"comparison": tables.comparison(report), "usage": tables.usage(report), "gpus": tables.gpus(report)}
     made |= {"split": tables.split(report), "epochs": tables.epochs(report)}
     sections = []
@@ -124,7 +138,7 @@ def _sections(report: Report, pictures: "Sequence[Picture]", markup: Any) -> lis
         table, picture = made.get(name), drawn.get(name)
         if table or picture:
             title = table.title if table else titles[name]
-            notes = table.notes if table else ()
+            notes = (*said.get(name, ()), *(table.notes if table else ()))
             shown = (picture,) if picture else ()
             sections.append(Block(name, title, pictures=shown, tables=(table,) if table else (), notes=notes))
     return sections
@@ -140,16 +154,9 @@ def _lists(report: Report) -> list[Block]:
 
 
 def _settings(report: Report) -> list[Block]:
-    plan = report.plan
-    asked: list[Setting] = []
-    if plan:
-        keys = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb")
-        values = [(key, getattr(plan, key), f"resources.{key}") for key in keys]
-        values += [(key, getattr(plan, key), key) for key in ("strategy", "keras", "precision")]
-        asked = [Setting(key, _text(value), plan.origins.get(origin, "")) for key, value, origin in values]
     groups = [
         ("Parameters", report.params),
-        ("Resources and strategy", asked),
+        ("Resources and strategy", asked_of(report.plan, report.measured)),
         ("Threads", report.threads),
         ("Data", report.data),
         ("Environment and provenance", report.provenance),
@@ -173,7 +180,3 @@ def _notebook(report: Report, markup: Any) -> list[Block]:
     if report.notebook is None:
         return []
     return [Block("notebook", "Executed notebook", html=markup(notebook.html(Path(report.notebook))))]
-
-
-def _text(value: object) -> str:
-    return MISSING if value is None else str(value)

@@ -30,7 +30,7 @@ def draw(report: Report) -> list[Picture]:
         import matplotlib  # noqa: F401
     except ImportError:
         return []
-    from . import curves, svg
+    from . import curves, span, svg
 
     found = []
     if report.comparison:
@@ -40,15 +40,17 @@ def draw(report: Report) -> list[Picture]:
         narrow = f'<div class="scroll">{svg.inline(figure, "comparison-n", label)}</div>'
         wide = svg.inline(figure, "comparison", label)
         found.append(Picture("comparison", "Speed and accuracy", wide, narrow, svg.png(figure)))
-    for name, title, panels in (
-        ("training", "Training", curves.training(report)),
-        ("machine", "Machine", curves.machine(report)),
+    part = span.training(report)
+    for name, title, panels, only, shaded in (
+        ("training", "Training", curves.training(report), part, None),
+        ("machine", "Machine", curves.machine(report), None, part),
     ):
         if panels:
             label = f"Curves over time: {', '.join(panel.title for panel in panels)}"
-            figure = curves.draw(panels, report)
-            narrow = svg.inline(curves.draw(panels, report, narrow=True), f"{name}-n", label)
-            found.append(Picture(name, title, svg.inline(figure, name, label), narrow, svg.png(figure)))
+            figure = curves.draw(panels, report, only=only, shaded=shaded)
+            narrow = svg.inline(curves.draw(panels, report, narrow=True, only=only, shaded=shaded), f"{name}-n", label)
+            notes = (span.told(only, telemetry=bool(report.telemetry)),) if only else ()
+            found.append(Picture(name, title, svg.inline(figure, name, label), narrow, svg.png(figure), notes))
     if report.split and report.split.parts_ms:
         label = "Where the time of a step goes"
         figure = _split(report, narrow=False)

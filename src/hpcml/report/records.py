@@ -8,6 +8,10 @@ from ..rundir import RunDir, read_json
 from ..tracking import journal
 from .series import Points, Series
 
+# Steps that a profile slowed down, which an epoch's speed leaves out.
+PROFILED_STEPS = "profiled_steps"
+BOOKKEEPING = frozenset([PROFILED_STEPS])
+
 
 @dataclass
 class Records:
@@ -83,6 +87,11 @@ def status_of(run: RunDir, found: Records) -> dict[str, Any]:
     status = read_json(run.status)
     marked = status.get("restarts")
     return {} if isinstance(marked, int) and marked < found.restart else status
+
+
+def shown(points: Mapping[tuple[int, str], Points]) -> dict[tuple[int, str], Points]:
+    """Return the metrics without those that only explain others."""
+    return {key: found for key, found in points.items() if key[1] not in BOOKKEEPING}
 
 
 def series_of(points: Mapping[tuple[int, str], Points], begin_s: float) -> tuple[Series, ...]:

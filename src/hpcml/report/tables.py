@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cards import uses, wait_text
+from .cards import split_note, uses, wait_text
 from .comparison import marked_speedup, number_text, percent_text, remarks, replicas_text
 from .facts import Report
 from .text_of import MISSING, energy, gib, hours, number, percent, seconds_text
@@ -92,25 +92,28 @@ def split(report: Report) -> Table | None:
     parts = sorted(report.split.parts_ms.items(), key=lambda item: -item[1])
     shares = [ms / total if total else None for _, ms in parts]
     rows = [[part.replace("_", " "), f"{ms:.2f}", percent(s)] for (part, ms), s in zip(parts, shares, strict=True)]
-    steps = (
-        f"Steps {report.split.first} to {report.split.last} were profiled. " if report.split.first is not None else ""
-    )
-    note = f"{steps}{report.split.advice}".strip()
-    return _table("split", "Step time", ["Part", "ms a step", "Share"], rows, [note] if note else [], shares=shares)
+    notes = [note for note in (split_note(report), report.split.advice) if note]
+    return _table("split", "Step time, as profiled", ["Part", "ms a step", "Share"], rows, notes, shares=shares)
 
 
 def epochs(report: Report) -> Table | None:
     """Return the last epochs; None where none was recorded."""
     told = report.measured.epochs
-    rows = [
-        [str(e.number), number(e.samples_per_s), percent_text(e.accuracy, 2), percent_text(e.val_accuracy, 2)]
-        for e in told[-MOST_EPOCHS:]
-    ]
+    columns = {
+        "Epoch": [str(epoch.number) for epoch in told],
+        "Samples/s": [number(epoch.samples_per_s) for epoch in told],
+        "Accuracy": [percent_text(epoch.accuracy, 2) for epoch in told],
+        "Validation accuracy": [percent_text(epoch.val_accuracy, 2) for epoch in told],
+    }
+    columns = {head: cells for head, cells in columns.items() if set(cells) != {MISSING}}
+    rows = list(zip(*columns.values(), strict=True))[-MOST_EPOCHS:]
     title = "Epochs" if len(told) <= MOST_EPOCHS else f"The last {MOST_EPOCHS} of {len(told)} epochs"
     notes = []
     if report.measured.time_to_first_step_s is not None:
-        notes.append(f"The first step ended after {seconds_text(report.measured.time_to_first_step_s)}.")
-    return _table("epochs", title, ["Epoch", "Samples/s", "Accuracy", "Validation accuracy"], rows, notes)
+        notes.append(f"The first step ended {seconds_text(report.measured.time_to_first_step_s)} after hpcml.begin().")
+    if report.split is not None and report.split.left_out:
+        notes.append(f"The speeds leave out the {report.split.left_out} steps that the profile slowed down.")
+    return _table("epochs", title, list(columns), rows, notes)
 
 
 def _table(

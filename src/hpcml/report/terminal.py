@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from . import comparison
 from .advice import REHEARSED, advice
-from .cards import cards, lead, uses
+from .cards import cards, lead, split_note, uses
 from .causes import likely_causes
 from .facts import Report
 from .series import Series
@@ -53,10 +53,11 @@ def text(report: Report, console: "Console") -> None:
         _rows(console, [["", "asked", "used", ""], *used])
     _curves(console, report)
     if report.split:
-        _heading(console, "Step time")
+        _heading(console, "Step time, as profiled")
         total = report.split.step_ms or sum(report.split.parts_ms.values()) or 1
         split = [[n.replace("_", " "), f"{ms:.2f} ms", percent(ms / total)] for n, ms in report.split.parts_ms.items()]
         _rows(console, split, right=1)
+        console.print(Padding(Text(split_note(report), "dim"), (0, 0, 0, 2)))
     if found := advice(report):
         _heading(console, "What to ask for next time")
         for one in found:
@@ -79,8 +80,9 @@ def _curves(console: "Console", report: Report) -> None:
     shown += [s for s in report.telemetry if s.name.endswith(("utilization_percent", "cpu/cores", "memory/used_mib"))]
     if shown:
         _heading(console, "Curves over time")
+        ranks = len({s.rank for s in shown})
         rows = [
-            [_name(s, report.ranks), sparkline(s), f"{number(s.low)} … {number(s.high)}", f"last {number(s.last)}"]
+            [_name(s, ranks), sparkline(s), f"{number(s.low)} … {number(s.high)}", f"last {number(s.last)}"]
             for s in shown
         ]
         _rows(console, rows[: 2 * _MOST_SERIES])

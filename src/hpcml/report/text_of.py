@@ -38,6 +38,13 @@ def number(value: float | None) -> str:
     return f"{value:,.4g}"
 
 
+def cores(value: float | None) -> str:
+    """Return a number of busy cores with a tenth of one, below one with two significant digits: hardly busy is not idle."""
+    if value is None:
+        return MISSING
+    return f"{value:.1f}" if value >= 0.995 or value == 0 else f"{value:.2g}"
+
+
 def hours(value: float | None) -> str:
     """Return hours, with seconds for little ones: ``0.004 h (14 s)``."""
     if value is None:

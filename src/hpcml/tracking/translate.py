@@ -19,6 +19,10 @@ OURS = (RUN_TAG, PLAN_TAG, PARENT_TAG, "mlflow.runName")
 KILLED = ("CANCELLED", "TIMEOUT", "PREEMPTED", "DEADLINE")
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING")
 _GPU_NAME = re.compile(r"gpu(\d+)\.name")
+# The strategies that are Keras's; with horovod it is Keras or torch that trains, with others torch or nobody knows what.
+KERAS = ("original", "mirrored", "multiworker")
+# Metrics that only explain others: the steps that a profile left out of an epoch's speed.
+BOOKKEEPING = frozenset(["profiled_steps"])
 RESOURCES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb", "time_s")
 
 
@@ -41,10 +45,13 @@ class Said:
     originals: dict[str, str] = field(default_factory=dict)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Take in a record. A param keeps its first value, a tag rank 0's last, else its first."""
+        """Take in a record. A param keeps its first value, a tag rank 0's last, else its first.
+
+        A param that is None or empty tells nothing and is left out.
+        """
         values = record.get("values")
         if record["kind"] == "params" and isinstance(values, dict):
-            self.params = {**values, **self.params}
+            self.params = {**known(values), **self.params}
         elif record["kind"] == "tags" and isinstance(values, dict):
             self.tags = {**self.tags, **values} if record["rank"] == 0 else {**values, **self.tags}
         elif record["kind"] == "replicas" and record["rank"] == 0:
@@ -63,6 +70,7 @@ def points(record: Mapping[str, Any], said: Said, first_ms: int = 0) -> Iterator
 
     A ``sample`` becomes ``system/<name>``, which MLflow shows on a page of its own, over whole seconds; a ``profile``
     becomes ``profile/<name>`` at the last step of its window. Ranks other than 0 have ``rank_<n>/`` before all of that.
+    ``BOOKKEEPING`` stays in the journal.
 
     Args:
         first_ms: time of the first sample in this record's file, in milliseconds since the epoch.
@@ -82,18 +90,39 @@ def points(record: Mapping[str, Any], said: Said, first_ms: int = 0) -> Iterator
         return
     prefix = prefix if rank == 0 else f"rank_{rank}/{prefix}"
     for name, value in values.items():
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and not (kind == "metric" and name in BOOKKEEPING):
             yield Point(said.name(prefix + name), double(value), t, step)
 
 
-def params(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the params of a plan: its resources and choices, the work's defaults, what was set over them."""
-    return {
-        **{f"resources.{key}": plan[key] for key in RESOURCES if key in plan},
-        **{key: plan[key] for key in ("strategy", "keras", "precision") if key in plan},
-        **(plan.get("defaults") or {}),
-        **(plan.get("params") or {}),
-    }
+def params(plan: Mapping[str, Any], said: Said | None = None) -> dict[str, Any]:
+    """Return the params of a plan: its resources and choices, the work's defaults, what was set over them.
+
+    What is None or empty is left out: of a job without a strategy the work itself may have told one. Keras's flavour is
+    told where Keras trains.
+    """
+    keys = ("strategy", "keras", "precision") if uses_keras(plan.get("strategy"), said) else ("strategy", "precision")
+    return known(
+        {
+            **{f"resources.{key}": plan[key] for key in RESOURCES if key in plan},
+            **{key: plan[key] for key in keys if key in plan},
+            **(plan.get("defaults") or {}),
+            **(plan.get("params") or {}),
+        }
+    )
+
+
+def uses_keras(strategy: str | None, said: Said | None = None) -> bool:
+    """Return whether a strategy's work trains with Keras; horovod's as soon as the check of its ranks has told.
+
+    Keras reports TensorFlow's full names of devices, ``/device:GPU:0``, torch's helper ``GPU:0``.
+    """
+    names = (said.replicas.get("devices") if said else None) or ()
+    return strategy in KERAS or (strategy == "horovod" and any(str(name).startswith("/") for name in names))
+
+
+def known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values without those that are None or empty text; zero and False are known."""
+    return {name: value for name, value in values.items() if value is not None and value != ""}
 
 
 def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) -> dict[str, Any]:
@@ -102,7 +131,7 @@ def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) ->
     ours = {
         "Training device": None if compares else device(plan, said),
         "Phase": "train",
-        "strategy": None if compares else plan.get("strategy"),
+        "strategy": None if compares else plan.get("strategy") or said.params.get("strategy"),
         "site": plan.get("site"),
         "slurm_job_id": job_id,
         "state": state,
@@ -116,18 +145,20 @@ def device(plan: Mapping[str, Any], said: Said) -> str:
     """Return what a run trains on, such as ``2 × NVIDIA A100-SXM4-40GB`` or ``CPU (2 virtual devices)``.
 
     The number is that of the replicas in sync, before one was reported that of the GPUs requested; the names are those
-    of rank 0's GPUs.
+    of rank 0's GPUs. Virtual devices stand in for GPUs: a job that asks for none trains on none of them.
     """
     in_sync = said.replicas.get("in_sync")
     replicas = in_sync if isinstance(in_sync, int) else 0
+    if said.replicas.get("virtual") and said.params.get("virtual_cpu_devices") == 0:
+        return f"CPU ({replicas} ranks)" if replicas > 1 else "CPU"
     if said.replicas.get("virtual"):
         return f"CPU ({replicas or 1} virtual device{'s' if replicas > 1 else ''})"
     trains_on = [str(name).upper() for name in said.replicas.get("devices") or ()]
     requested = int(plan.get("nodes") or 1) * int(plan.get("gpus_per_node") or 0)
     if trains_on and all("CPU" in name for name in trains_on):
         return "CPU"
-    if not said.replicas and not requested:
-        return "CPU"
+    if not said.replicas and (not requested or said.params.get("virtual_cpu_devices")):
+        return "CPU"  # none was asked for, or CPUs stand in for them
     indexed = [(int(hit[1]), str(value)) for key, value in said.params.items() if (hit := _GPU_NAME.fullmatch(key))]
     names = Counter(name for _, name in sorted(indexed))
     if len(names) > 1:
