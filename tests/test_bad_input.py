@@ -701,7 +701,11 @@ def test_no_runs_at_all(desk: Desk, verb: str) -> None:
 def test_a_run_on_this_machine_is_not_cancelled_from_elsewhere(desk: Desk) -> None:
     run = a_run(desk)
     rundir.claim(run)  # this process runs it
-    desk.refused("cancel", "--site", "local", says=(f"run {run.id} is not a Slurm job", "Ctrl-C"))
+    says = (f"run {run.id} is not a Slurm job", "Ctrl-C in its terminal", f"kill {os.getpid()}\n")
+    desk.refused("cancel", "--site", "local", says=says)
+    elsewhere = {**rundir.read_json(run.owner), "host": "node7"}
+    rundir.write_json(run.owner, elsewhere)
+    desk.refused("cancel", "--site", "local", says=(f"kill {os.getpid()} on node7",))
 
 
 def test_no_scancel(desk: Desk) -> None:

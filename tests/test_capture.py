@@ -16,6 +16,8 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import log_metric as imported_before
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import fluent
 
 from hpcml.tracking import journal
@@ -160,10 +162,81 @@ def test_what_cannot_be_recorded_is_said_once_and_ends_nothing(
     assert [record["values"] for record in records(tmp_path, "metric")] == [{"loss": 1.0}] * 2
 
 
+def test_who_asks_for_this_run_gets_what_was_logged(captured: Capture) -> None:
+    mlflow.log_metrics({"loss": 0.5, "accuracy": 0.25}, step=3, timestamp=1234)
+    mlflow.log_metric("loss", 0.25, step=4)
+    mlflow.log_param("lr", 0.1)
+    mlflow.set_tag("stage", 1)
+    active = mlflow.active_run()
+    assert active is not None
+    for run in (mlflow.get_run(active.info.run_id), mlflow.MlflowClient().get_run(active.info.run_id), active):
+        assert run.info.run_id == "20260101-000000-mine"
+        assert (run.data.metrics, run.data.params) == ({"loss": 0.25, "accuracy": 0.25}, {"lr": "0.1"})
+        assert run.data.tags == {"stage": "1"}
+
+
+def test_a_client_that_names_this_run_is_recorded_too(
+    captured: Capture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, mine = mlflow.MlflowClient(), "20260101-000000-mine"
+    (tmp_path / "note.txt").write_text("a note")
+    client.log_metric(mine, "loss", 0.5, 1234, 3)
+    client.log_metric(run_id=mine, key="loss", value=0.25, step=4)
+    client.log_batch(mine, [Metric("a", 1.0, 99, 7)], [Param("lr", "0.1")], [RunTag("team", "b")])
+    client.log_param(mine, "layers", 2)
+    client.set_tag(mine, "stage", 1)
+    client.log_artifact(mine, str(tmp_path / "note.txt"))
+    client.log_text(mine, "naïve", "notes/a.txt")
+    client.set_terminated(mine)
+    client.log_metric(mine, "loss", "much")  # type: ignore[arg-type]
+    client.log_figure(mine, object(), "figure.png")  # type: ignore[arg-type]
+    client.log_artifact(mine, "absent")
+    kept = [(r["step"], r["values"]) for r in records(tmp_path, "metric")]
+    assert kept == [(3, {"loss": 0.5}), (4, {"loss": 0.25}), (7, {"a": 1.0})]
+    assert [r["t"] for r in records(tmp_path, "metric")][::2] == [1234, 99]
+    assert [r["values"] for r in records(tmp_path, "params")] == [{"lr": "0.1"}, {"layers": 2}]
+    assert [r["values"] for r in records(tmp_path, "tags")] == [{"team": "b"}, {"stage": "1"}]
+    assert (tmp_path / "artifacts" / "note.txt").exists() and (tmp_path / "artifacts" / "notes" / "a.txt").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all(line.startswith("hpcml: warning: ") for line in said), said
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's store, with SQLAlchemy 2.1
+def test_another_run_is_the_servers(captured: Capture, tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("real", artifact_location=(tmp_path / "art").as_uri())
+    other = client.create_run(experiment).info.run_id
+    client.log_metric(other, "loss", 0.5)
+    client.log_param(other, "lr", 0.1)
+    assert client.get_run(other).data.params == {"lr": "0.1"} and records(tmp_path, "metric") == []
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    assert mlflow.get_run(other).data.metrics == {"loss": 0.5}
+    with pytest.raises(MlflowException, match="not found"):
+        mlflow.get_run("0123456789abcdef0123456789abcdef")
+
+
+def test_a_param_keeps_its_first_value_and_none_is_one(
+    captured: Capture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow.log_params({"c": None, "alpha": 0.1})
+    for _ in range(2):
+        mlflow.log_param("alpha", 0.2)
+    mlflow.log_params({"alpha": "0.1", "beta": 3})
+    mlflow.log_params({"beta": 4})
+    kept: dict[str, Any] = {}
+    for record in records(tmp_path, "params"):
+        kept = {**record["values"], **kept}
+    assert {name: str(value) for name, value in kept.items()} == {"c": "None", "alpha": "0.1", "beta": "3"}
+    assert kept["c"] == "None", "JSON's null says nothing, and is not delivered"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "'alpha' is 0.1 already: 0.2 is left out" in said[0] and "'beta'" in said[1]
+
+
 def held() -> list[object]:
     names = ("log_metric", "log_params", "start_run", "active_run", "log_figure", "autolog", "set_experiment")
     places = [getattr(place, name) for place in (mlflow, fluent) for name in names]
-    return [*places, imported_before, vars(mlflow.models.Model)["log"]]
+    clients = [vars(mlflow.MlflowClient)[name] for name in ("log_metric", "log_batch", "get_run", "log_figure")]
+    return [*places, imported_before, vars(mlflow.models.Model)["log"], *clients]
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's store, with SQLAlchemy 2.1

@@ -13,6 +13,7 @@ import sys
 import threading
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,7 +161,6 @@ def test_what_cannot_be_written_is_said_once_and_never_raised(
     assert not writer.write("params", values={"a": Broken()})
     assert not writer.write("params", values={("a", "b"): 1})
     assert not writer.write("params", values=circle)
-    assert not writer.metric("third", {"a": 1})  # type: ignore[arg-type]
     assert not writer.metric(1, {"a": None, "b": 2})  # type: ignore[dict-item]
     writer.close()
     writer.close()
@@ -170,6 +170,61 @@ def test_what_cannot_be_written_is_said_once_and_never_raised(
     assert said.count("records are lost") == 1 and said.count("no number") == 1
     assert [r["values"] for r in records(tmp_path) if r["kind"] == "metric"] == [{"b": 2.0}]
     assert journal.lost(tmp_path) == 3, "those before the end; the fourth came after"
+
+
+def test_what_is_left_out_is_told_for_each_metric_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = Journal(tmp_path / "2.1.rank.jsonl")
+    assert not writer.metric(1, {"a": "abc"})  # type: ignore[dict-item]
+    for step in range(4):
+        assert not writer.metric(step, {"loss": None, "lr": 0.1})  # type: ignore[dict-item]
+    assert not writer.metric(1, {"broken": Broken()})  # type: ignore[dict-item]
+    assert writer.metric(9, {"text": "0.5"})  # type: ignore[dict-item]  # as float() and MLflow take it
+    writer.close()
+    assert journal.left_out(tmp_path) == journal.left_out(tmp_path, 2, 1) == {"a": 1, "loss": 4, "broken": 1}
+    assert journal.left_out(tmp_path, rank=0) == journal.left_out(tmp_path, restart=0) == {}
+    said = capsys.readouterr().err.splitlines()
+    told = [f"hpcml: warning: {r['text']}" for r in records(tmp_path) if r["kind"] == "message"]
+    assert said == told and len(said) == 3
+    assert "'abc' is no number" in said[0] and "metric 'loss' is left out: None" in said[1]
+    kept = [r["values"] for r in records(tmp_path) if r["kind"] == "metric"]
+    assert kept == [{"lr": 0.1}] * 4 + [{"text": 0.5}]
+    assert (writer.lost, writer.untold) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [10**30, -(2**63) - 1, 2**63, 10**5000, "third", None, math.nan, math.inf, Broken()],
+    ids=["10**30", "too low", "2**63", "10**5000", "text", "None", "nan", "inf", "broken"],
+)
+def test_a_step_that_mlflow_cannot_hold_is_refused(
+    tmp_path: Path, step: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = Journal(tmp_path / "0.0.rank.jsonl")
+    assert not writer.metric(step, {"big": 1.0, "other": 2.0}) and not writer.metric(step, {"third": 1.0})
+    assert writer.metric(2**63 - 1, {"most": 1.0}) and writer.metric(-(2**63), {"least": 1.0})
+    writer.close()
+    assert journal.left_out(tmp_path) == {"big": 1, "other": 1, "third": 1}
+    assert [r["step"] for r in records(tmp_path) if r["kind"] == "metric"] == [2**63 - 1, -(2**63)]
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "step" in said
+
+
+@pytest.mark.parametrize("t_ms", [-1, 2**63, "noon"])
+def test_a_time_that_mlflow_cannot_hold_is_refused(tmp_path: Path, t_ms: Any) -> None:
+    with contextlib.closing(Journal(tmp_path / "0.0.rank.jsonl")) as writer:
+        assert not writer.metric(1, {"a": 1.0}, t_ms)
+        assert writer.metric(1, {"a": 1.0}, 0)
+    assert journal.left_out(tmp_path) == {"a": 1}
+    assert [r["t"] for r in records(tmp_path) if r["kind"] == "metric"] == [0]
+
+
+def test_a_thousand_bad_names_fill_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(Journal(tmp_path / "0.0.rank.jsonl")) as writer:
+        assert not any(writer.metric(n, {f"m{n}": None}) for n in range(1000))  # type: ignore[dict-item]
+    assert 1 < len(capsys.readouterr().err.splitlines()) <= 30
+    assert len(journal.left_out(tmp_path)) == 1000
 
 
 def test_a_file_that_cannot_be_opened_loses_records_not_the_training(
@@ -387,7 +442,7 @@ def test_whatever_is_a_number_is_one(tmp_path: Path) -> None:
     }  # fmt: skip
     writer = Journal(tmp_path / "0.0.rank.jsonl")
     assert writer.metric(1, given)
-    for step in (np.int64(2), np.int32(3), Tensor(), True, 10**30):
+    for step in (np.int64(2), np.int32(3), Tensor(), True, 2**63 - 1):
         assert writer.metric(step, {"a": 1.0}), step
     assert writer.metric(8, {1: 0.5}) and writer.metric(8, {True: 0.5})  # type: ignore[dict-item]
     assert writer.metric(7, {"when": 1.0}, t_ms=12345)
@@ -398,7 +453,7 @@ def test_whatever_is_a_number_is_one(tmp_path: Path) -> None:
     assert math.isnan(first["values"].pop("nan")) and math.isnan(wanted.pop("nan"))  # type: ignore[attr-defined]
     assert first["values"] == wanted and math.copysign(1, first["values"]["-0"]) == -1
     assert {type(value) for value in first["values"].values()} == {float}  # type: ignore[attr-defined]
-    assert [record["step"] for record in others] == [2, 3, 4, 1, 10**30]
+    assert [record["step"] for record in others] == [2, 3, 4, 1, 2**63 - 1]
     assert last["t"] == 12345
 
 
@@ -412,7 +467,8 @@ def test_what_is_no_number_is_left_out_and_the_rest_kept(
     for step in range(3):
         assert not writer.metric(step, {"before": 1.0, "b\u00e4d": value, "after": math.inf})  # type: ignore[dict-item]
     writer.close()
-    assert [record["values"] for record in records(tmp_path)] == [{"before": 1.0, "after": math.inf}] * 3
+    kept = [record["values"] for record in records(tmp_path) if record["kind"] == "metric"]
+    assert kept == [{"before": 1.0, "after": math.inf}] * 3
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and "'b\u00e4d'" in said
     assert writer.lost == 0

@@ -701,7 +701,7 @@ def test_a_setting_of_mlflow_that_is_no_number_is_named(
 
 def test_a_database_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, and long enough to be asked for its header " * 9)
-    with pytest.raises(ServiceSilent, match="not a database"):
+    with pytest.raises(HpcmlError, match="not a database"):
         deliver(make_run(tmp_path / "runs"), f"sqlite:///{tmp_path}/mlflow.db")
 
 

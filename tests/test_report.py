@@ -146,6 +146,7 @@ CAUSES = [
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "memory of a GPU"),
     ("slurmstepd: error: Detected 1 oom_kill event in StepId=1.0", "memory of the node"),
     ("OSError: [Errno 28] No space left on device", "disk is full"),
+    ("hpcml: warning: records are lost: no space left on device", "disk is full"),
     ("OSError: [Errno 122] Disk quota exceeded: 'x'", "quota"),
     ("ModuleNotFoundError: No module named 'torch'", "package is missing"),
     ("ImportError: libcudnn.so.9: cannot open shared object file", "shared library"),
@@ -382,6 +383,18 @@ def test_a_long_start_up_does_not_squeeze_the_training(tmp_path: Path) -> None:
     assert "start-up, 60 s, is left out" in page and "shaded: training" in page
     assert span.training(facts.collect(short_training(tmp_path / "long", 10.0, 55.0))) is None
     assert span.training(facts.collect(samples.full(tmp_path / "full"))) is None
+
+
+def test_what_was_not_kept_is_told_once(tmp_path: Path) -> None:
+    run = samples.a_run(tmp_path)
+    writer = samples.Writer(run)
+    writer.write(10.0, "metric", step=1, values={"": 0.5, "val_": 0.5, "loss": 0.5})
+    writer.write(11.0, "metric", step=2, values={"": 0.4, "val_": 0.4, "loss": 0.4})
+    writer.write(12.0, "lost", count=978)
+    writer.write(13.0, "left_out", names=["lr", "lr"])
+    page = report.write(samples.end(run, lost=978)).read_text()
+    assert "(no name)" in page
+    assert "978 records: they could not be written" in page and "values that are no numbers: lr (2 times)" in page
 
 
 def test_an_empty_directory_has_a_report(tmp_path: Path) -> None:

@@ -101,6 +101,21 @@ def test_an_unknown_run_names_the_newest(tmp_path: Path, reference: str) -> None
     assert run.id in str(error.value)
 
 
+def test_an_id_cut_short_or_mistyped_is_asked_after(tmp_path: Path) -> None:
+    older = made(tmp_path, "tiny", NOON)
+    run, other = made(tmp_path, "tiny", NOON + 1), made(tmp_path, "mnist", NOON + 2)
+    stamp = run.id.removesuffix("-tiny")
+    swapped = run.id.replace("tiny", "tniy")
+    for given, meant in [(stamp, run), ("tiny", run), (older.id[:-2], older), (swapped, run), ("mnist", other)]:
+        with pytest.raises(HpcmlError) as error:
+            rundir.find(tmp_path, given)
+        assert f"did you mean '{meant.id}'?; hpcml runs list" in str(error.value)
+    for given in ("qq", "?"):
+        with pytest.raises(HpcmlError) as error:
+            rundir.find(tmp_path, given)
+        assert "did you mean" not in str(error.value)
+
+
 @pytest.mark.parametrize("reference", [None, "x"])
 def test_no_runs_at_all(tmp_path: Path, reference: str | None) -> None:
     with pytest.raises(HpcmlError, match="no runs in"):

@@ -8,13 +8,15 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpcml.tracking import cgroup, journal, telemetry
+from hpcml.tracking import cgroup, journal, telemetry, translate
 from hpcml.tracking.gpus import Gpu
 from hpcml.tracking.host import MIB, Host, Processes, Usage, idle_core_s, slurm_limit
 from hpcml.tracking.visible import Seen, choose
@@ -334,6 +336,53 @@ assert not watching.thread.is_alive()
     assert told.values("totals")[0]["gpu5/energy_j"] == 2
     assert told.records[-1]["kind"] == "totals"
     assert told.stderr == ""
+
+
+def test_samples_on_the_beat_have_a_step_each_however_slow_the_first_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    elapsed = 0.0  # of both clocks, in seconds
+
+    class Clock:
+        """A node whose reading takes 0.9 s at first, and whose every look at the clock takes up to a millisecond."""
+
+        def monotonic(self) -> float:
+            nonlocal elapsed
+            elapsed += rng.random() / 1000
+            return elapsed
+
+        def time_ns(self) -> int:
+            return 1_800_000_000_000_000_000 + int(self.monotonic() * 1e9)
+
+        thread_time = time.thread_time
+
+    watching = telemetry.Telemetry(tmp_path / "0.0.telemetry.jsonl", (), os.getpid(), 1.0, 0, True, {})
+    beats = 0
+
+    def wait(seconds: float) -> bool:
+        nonlocal elapsed, beats
+        elapsed, beats = elapsed + seconds, beats + 1
+        return beats == 50
+
+    def read(host: Host) -> Usage:
+        nonlocal elapsed
+        elapsed += 0.01 if beats else 0.9
+        return Usage(processes=3)
+
+    monkeypatch.setattr(telemetry, "time", Clock())
+    monkeypatch.setattr(journal.writer, "_time_ns", Clock().time_ns)
+    monkeypatch.setattr(Host, "read", read)
+    monkeypatch.setattr(watching._stop, "wait", wait)
+    thread = threading.Thread(target=watching._run)  # it blocks the signals of its thread
+    thread.start()
+    thread.join()
+    samples = list(journal.read(tmp_path, kinds={"sample"}))
+    said = translate.Said()
+    steps = [point.step for record in samples for point in translate.points(record, said, samples[0]["t"])]
+    assert sorted(set(steps)) == list(range(51)) and len(samples) == 51
 
 
 @needs_stub

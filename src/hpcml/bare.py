@@ -57,12 +57,15 @@ def begin(strategy: str | None, restart: int, begun: int) -> Session:
     os.environ.update({k: v for k, v in prepared.variables.items() if k != bootstrap.HANDOVER})
     place = prepared.topology
     root = rundir.runs_root(where, folder)
-    if place.world == 1:
-        run = rundir.create(root, decided.name)
-    else:
-        run = rundir.adopt(root, session.shared_id(root, decided.name, place, restart, begun))
-    if place.rank == 0:
-        _found(run, decided)
+    try:
+        if place.world == 1:
+            run = rundir.create(root, decided.name)
+        else:
+            run = rundir.adopt(root, session.shared_id(root, decided.name, place, restart, begun))
+        if place.rank == 0:
+            _found(run, decided)
+    except OSError as error:
+        raise rundir.unwritable(root, error) from None
     print(f"hpcml: run {run.id} · {strategy or 'no strategy'} · {prepared.describe()}", flush=True)
     watching = beside.watch(run, prepared, given, restart)
     return Session(run, decided, prepared, restart, time.time(), watching)
@@ -102,7 +105,9 @@ def _mark(held: Session, code: int, reason: str, untold: int) -> None:
     checks = (record for record in journal.read(run.events, kinds={"replicas"}) if record["rank"] == number)
     replicas = next((check["in_sync"] for check in checks), None)
     lost = journal.lost(run.events, number, held.restart) + untold
-    ended = {"replicas_in_sync": replicas, "lost": lost, "started": held.started, "ended": time.time()}
+    left_out = journal.left_out(run.events, number, held.restart)
+    ended = {"replicas_in_sync": replicas, "lost": lost, "left_out": left_out}
+    ended |= {"started": held.started, "ended": time.time()}
     rundir.write_json(run.status_of(number), {**rank, **ended})
     if number:
         return

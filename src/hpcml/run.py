@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import bare
 from .errors import HpcmlError, nearest
@@ -15,7 +15,7 @@ from .node.devices import Devices
 from .node.topology import Topology
 from .plan import NEVER_CHECKED
 from .rundir import RunDir
-from .tracking import journal
+from .tracking import course
 from .tracking.journal import Journal
 
 if TYPE_CHECKING:
@@ -59,12 +59,24 @@ class Run:
     _logged: dict[str, Any] = field(default_factory=dict)
     _training: Any = None
     _stop: Any = None
+    _kept: Any = None
     _capture: contextlib.AbstractContextManager[None] | None = None
 
-    def log(self, /, step: int, **metrics: float) -> bool:
-        """Record metrics of a step in the run's journal; returns False where they could not be kept. Never raises."""
+    @overload
+    def log(self, step: int, /, **metrics: float) -> bool: ...
+    @overload
+    def log(self, /, *, step: int, **metrics: float) -> bool: ...
+    def log(self, /, *at: int, **metrics: float) -> bool:
+        """Record metrics in the run's journal, as ``log(step, loss=…)`` or ``log(step=…, loss=…)``. Never raises.
+
+        Returns:
+            False where one of them could not be kept: it is no number, or the disk is full.
+        """
+        step = at[0] if at else metrics.pop("step", None)  # beside a positional step, `step` is a metric as any other
+        if len(at) > 1:
+            metrics["(no name)"] = at[1:]  # type: ignore[assignment]  # no number: it is told of, and left out
         self._logged = metrics
-        return self.journal.metric(step, metrics)
+        return self.journal.metric(step, metrics)  # type: ignore[arg-type]  # None is told of too
 
     def tuned(self, **defaults: Any) -> dict[str, Any]:
         """Return settings for the speed of input and training step: the job's ``[tuning]``, else the defaults given here.
@@ -148,12 +160,7 @@ class Run:
 
         Of a step that a restart has repeated the last value counts. What belongs to no epoch (step 0) is left out.
         """
-        found: dict[str, dict[int, float]] = {}
-        for record in _records(self.dir, "metric"):
-            if record["rank"] == self.topology.rank and record["step"]:
-                for name, value in record["values"].items():
-                    found.setdefault(name, {})[record["step"]] = value
-        return {name: [values[step] for step in sorted(values)] for name, values in found.items()}
+        return course.of(self.dir.events, self.topology.rank)
 
     def _stopping(self) -> Any:
         if self._stop is None:
@@ -166,12 +173,19 @@ class Run:
         from .training import checkpoint, torch_checkpoint
 
         torch_checkpoint.check(model, others)
-        looks = torch_checkpoint.looks(model, others)
-        store = checkpoint.Store(self.dir, self.restart, looks, self._warn)
-        watched = self.session is None
+        store = checkpoint.Store(self.dir, self.restart, torch_checkpoint.looks(model, others), self._warn)
         return torch_checkpoint.Keeper(
-            store, self._ranks(), self.topology.rank, model, others, self.device, watched=watched
+            store, self._ranks(), self.topology.rank, model, others, self.device, watched=self.session is None
         )
+
+    def _keras_keeper(self) -> Any:
+        """The keeper of this run, made once: what it finds then is what the training goes on from."""
+        if self._kept is None:
+            from .training import keras_checkpoint
+
+            place = self.dir, self.journal, self.restart, self.topology.rank
+            self._kept = keras_checkpoint.Keeper(*place, watched=self.session is None)
+        return self._kept
 
     def _warn(self, text: str) -> None:
         self.journal.message("warning", text)
@@ -206,9 +220,7 @@ class Run:
             return contextlib.nullcontext()  # the first one decides when it ends
         from .tracking import capture
 
-        files = self.dir.artifacts
-        if self.topology.rank:
-            files /= f"rank_{self.topology.rank}"
+        files = self.dir.artifacts / (f"rank_{self.topology.rank}" if self.topology.rank else "")
         captured = capture.Capture(self.journal, self.dir.id, files, on_end=lambda: setattr(self, "_capture", None))
         self._capture = captured
         return captured
@@ -225,28 +237,34 @@ class Run:
 
         return models.log(self.dir, self.journal, self.topology.rank, model, example, flavor)
 
-    def callbacks(self, global_batch: int | None = None) -> list[Any]:
+    def callbacks(self, global_batch: int | None = None, keep: bool = False) -> list[Any]:
         """Return the Keras callbacks of this run, for ``model.fit(callbacks=…)``.
 
-        They check the replicas in sync when training begins, and record each epoch.
+        They check the replicas in sync when training begins, and record each epoch. With ``keep`` the training survives:
+        between two epochs checkpoints of weights, optimizer and random numbers are saved into the run's directory; asked
+        to stop it ends with its epoch, and a run that is requeued or resumed goes on with the next. ``model.fit`` then needs
+        ``initial_epoch=run.epochs_done``, and data whose order follows from the number of the epoch. What other callbacks
+        remember is theirs to keep.
 
         Args:
             global_batch: samples a step over all replicas; by default the parameter of that name.
 
         Raises:
             HpcmlError: the global batch is known from neither, or the run was begun without a strategy.
+            Stopped: in ``fit``, asked to stop, and saved; a ``SystemExit``, so that the work ends here.
         """
-        batch_size = global_batch if global_batch is not None else self.params.get("global_batch")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise HpcmlError(
-                f"global_batch = {batch_size!r} is no number of samples", fix="run.callbacks(global_batch=…)"
-            )
         from .training import tensorflow
 
         return tensorflow.callbacks(
-            self.journal, self.expected(), global_batch=batch_size, began=self.began, rank=self.topology.rank,
-            profile=self.profile, folder=self.dir.profile,
+            self.journal, self.expected(), global_batch=self._global_batch(global_batch, "callbacks"), began=self.began,
+            rank=self.topology.rank, profile=self.profile, folder=self.dir.profile,
+            keeper=self._keras_keeper() if keep else None,
         )  # fmt: skip
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of a Keras training that its newest checkpoint has done, the same on every rank; 0 without one."""
+        return int(self._keras_keeper().epochs_done)
 
     def finish(self, state: str = "COMPLETED", reason: str = "") -> None:
         """End the run. A bare run writes its end marker and delivers to MLflow; under hpcml the worker does both."""
@@ -264,14 +282,10 @@ class Run:
         if self.session is None:
             return
         exits.unwatch()
-        if state == "COMPLETED" and self.strategy and not self._was_checked():
+        if state == "COMPLETED" and self.strategy and not course.was_checked(self.dir.events, self.topology.rank):
             exit_code, reason = 1, NEVER_CHECKED.format(strategy=self.strategy)
             print(f"hpcml: {reason}", file=sys.stderr, flush=True)
         bare.end(self.session, exit_code, reason, self.journal.untold)
-
-    def _was_checked(self) -> bool:
-        rank = self.topology.rank
-        return any(r["rank"] == rank for r in _records(self.dir, "replicas"))
 
     def expected(self) -> "Expected":
         """Return what this rank was given, as the helpers of the frameworks compare it with what is used.
@@ -279,18 +293,6 @@ class Run:
         Raises:
             HpcmlError: the run was begun without a strategy.
         """
-        from .training.common import Expected
+        from .training import common
 
-        if self.strategy is None:
-            raise HpcmlError("the run was begun without a strategy", fix='hpcml.begin(strategy="original")')
-        return Expected(
-            strategy=self.strategy,
-            world=self.topology.world,
-            gpus_per_task=len(self.devices.gpus),
-            virtual=not self.devices.gpus,
-            virtual_devices=max(1, self.devices.virtual),
-        )
-
-
-def _records(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
-    return list(journal.read(run_dir.events, kinds={kind}))
+        return common.expected(self.strategy, self.topology.world, len(self.devices.gpus), self.devices.virtual)

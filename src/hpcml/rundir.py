@@ -7,14 +7,15 @@ below their parent (``<parent>/<variant>``).
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import HpcmlError
+from .errors import HpcmlError, nearest
 from .site import Site, expand
 
+_TELLING = 3  # letters of an id that are enough to tell what is meant
 _LOG_END = 64 * 1024  # of a log, in bytes, that its last lines are looked for in
 
 
@@ -131,6 +132,11 @@ class RunDir:
         return self.path / "stop"
 
     @property
+    def stalled(self) -> Path:
+        """Which execution of the run made no step any more, and who noticed."""
+        return self.path / "stalled.json"
+
+    @property
     def delivered(self) -> Path:
         """What MLflow has of this run."""
         return self.path / "delivered.json"
@@ -161,6 +167,10 @@ class RunDir:
     def status_of(self, rank: int) -> Path:
         """One worker's own marker."""
         return self.path / f"status.{rank}.json"
+
+    def stalled_of(self, rank: int) -> Path:
+        """Where one rank stood when the training was found to stall."""
+        return self.path / f"stalled.{rank}.json"
 
     def error_of(self, rank: int) -> Path:
         """The exception that ended a rank's function: its type, message and traceback."""
@@ -207,9 +217,14 @@ def create(root: Path, name: str, stamp: float | None = None) -> RunDir:
                 continue
             return run.make()
     except OSError as error:
-        fix = "set HPCML_RUNS to a folder that you can write to, or free space"
-        raise HpcmlError(f"no run directory can be made in {root}: {error.strerror}", fix=fix) from None
+        raise unwritable(root, error) from None
     raise HpcmlError(f"{root} holds 10,000 runs of one second named {name}", fix="hpcml runs prune")
+
+
+def unwritable(root: Path, error: OSError) -> HpcmlError:
+    """Return what to tell of a runs folder that takes no run."""
+    fix = "set HPCML_RUNS to a folder that you can write to, or free space"
+    return HpcmlError(f"no run directory can be made in {root}: {error.strerror or error}", fix=fix)
 
 
 def restart_of(environment: Mapping[str, str]) -> int:
@@ -302,16 +317,26 @@ def find(root: Path, reference: str | None) -> RunDir:
     is_id = 0 < len(words) <= 2 and not {"", ".", "..", "code"} & set(words)
     if is_id and os.path.isfile(RunDir(root, "/".join(words)).plan):
         return RunDir(root, "/".join(words))
-    newest: list[str] = []
+    ids: list[str] = []
     for run in every(root):
-        newest.append(run.id)
+        ids.append(run.id)
         if reference is None and "/" not in run.id:
             return run
         if reference is not None and reference.isdecimal() and slurm_job_id(run) == int(reference):
             return run
-    if not newest:
+    if not ids:
         raise HpcmlError(f"no runs in {root}", fix="start one: hpcml run JOB, hpcml submit JOB")
-    raise HpcmlError(f"no run {reference!r} in {root}", allowed=", ".join(newest[:5]), fix="hpcml runs list")
+    fix = "; ".join(filter(None, (_meant(reference or "", ids), "hpcml runs list")))
+    raise HpcmlError(f"no run {reference!r} in {root}", allowed=", ".join(ids[:5]), fix=fix)
+
+
+def _meant(reference: str, ids: Sequence[str]) -> str:
+    """Return which run an id cut short or mistyped means: the newest that it begins or that holds it, else the nearest."""
+    word = reference.rpartition("/runs/")[2].strip("/")  # a path into the runs folder
+    alike = [id for id in ids if id.startswith(word)] or [id for id in ids if word in id]
+    if len(word) >= _TELLING and alike:
+        return f"did you mean {alike[0]!r}?"
+    return nearest(word, ids[:1000])  # the newest: ids are compared letter by letter
 
 
 def slurm_job_id(run: RunDir) -> int | None:

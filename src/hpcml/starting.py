@@ -11,10 +11,10 @@ import sys
 from . import bare, rundir
 from .errors import HpcmlError
 from .job import STRATEGIES
-from .node import batch, bootstrap, exits
+from .node import batch, bootstrap, exits, plainly
 from .plan import from_json
 from .run import Run
-from .tracking import provenance
+from .tracking import heartbeat, provenance
 from .tracking.journal import Journal
 
 _TENSORFLOW = ("tensorflow", "keras", "tf_keras")
@@ -24,6 +24,7 @@ _FRAMEWORKS = {"ddp": ("torch",), "horovod": ("horovod", "torch", *_TENSORFLOW)}
 _begun: list[Run] = []
 
 
+@plainly.refusing
 def begin(strategy: str | None = None, *, new: bool = False) -> Run:
     """Begin a run: threads, TF_CONFIG, devices, Keras flavour and run directory, before TensorFlow is imported.
 
@@ -92,10 +93,11 @@ def _under_worker(strategy: str | None, prepared: bootstrap.Bootstrap) -> Run:
             fix="make them agree",
         )
     rank = prepared.topology.rank
+    heartbeat.begin()
     writer = Journal(run_dir.event_file(rank, _restart(), "rank"))
-    _record_facts(writer, prepared)
-    atexit.register(writer.close)  # work that never calls finish()
     chosen = plan.strategy or strategy
+    _record_facts(writer, prepared, chosen)
+    atexit.register(writer.close)  # work that never calls finish()
     tuning = plan.tuning.given
     if "data_threads" in tuning:
         tuning["data_threads"] = min(int(tuning["data_threads"]), prepared.threads.cores - 1)
@@ -109,7 +111,7 @@ def _bare(strategy: str | None) -> Run:
     """A run that nobody prepared: ipython, JupyterLab, a bare srun, torchrun."""
     held = bare.begin(strategy, _restart(), len(_begun))
     writer = Journal(held.dir.event_file(held.ready.topology.rank, held.restart, "rank"))
-    _record_facts(writer, held.ready)
+    _record_facts(writer, held.ready, strategy)
     run = Run(
         held.dir, strategy, held.ready.topology, held.ready.devices, held.plan.effective_params, held.plan.precision,
         writer, restart=held.restart, session=held,
@@ -119,7 +121,7 @@ def _bare(strategy: str | None) -> Run:
     return run
 
 
-def _record_facts(writer: Journal, prepared: bootstrap.Bootstrap) -> None:
+def _record_facts(writer: Journal, prepared: bootstrap.Bootstrap, strategy: str | None) -> None:
     writer.write(
         "params",
         values={
@@ -127,6 +129,7 @@ def _record_facts(writer: Journal, prepared: bootstrap.Bootstrap) -> None:
             **provenance.node_facts(os.environ, prepared.devices.gpus),
             "python": sys.version.split()[0],
             "host": os.uname().nodename,
+            **({"strategy": strategy} if strategy else {}),
         },
     )
 

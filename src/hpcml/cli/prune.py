@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ class _Age(click.ParamType[float]):
 @click.option("--older-than", type=_Age(), help="Delete only what ended longer ago, such as 12h, 30d, 8w.")
 @click.option("--light", is_flag=True, help="Of runs that stay, delete profile/. Alone it deletes no run.")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 @site_option
 @json_option
 def prune_command(
@@ -50,6 +52,7 @@ def prune_command(
     older_than: float | None,
     light: bool,
     yes: bool,
+    dry_run: bool,
     site: str | None,
     as_json: bool,
 ) -> int:
@@ -72,10 +75,10 @@ def prune_command(
     total = sum(folders.values())
     if max_gb is not None and (left := _size(root) - total) > max_gb * 2**30:
         click.echo(f"{_words(left)} stay in {root}: nothing more of it may go", err=True)
-    if not folders:
+    if not folders or dry_run:
         return DONE
     if not yes:
-        click.confirm(f"delete these {_words(total)} from {root}?", abort=True, err=True)
+        _confirm(f"delete these {_words(total)} from {root}?")
     for path in folders:
         _remove(path)
     tuned = sum(map(_is_tuning, doomed))
@@ -83,6 +86,17 @@ def prune_command(
     gone = " and ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts if count or what == "run")
     click.echo(f"deleted {gone}, {_words(total)}", err=as_json)
     return DONE
+
+
+def _confirm(question: str) -> None:
+    try:
+        click.confirm(question, abort=True, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise HpcmlError(
+            "nothing is deleted: nobody has said yes", fix="add --yes, or --dry-run to look only"
+        ) from None
 
 
 def tunings(root: Path) -> list[RunDir]:
@@ -110,11 +124,17 @@ def _prunable(runs: list[RunDir]) -> set[RunDir]:
 
     tuned = {run for run in runs if _is_tuning(run)}
     others = [run for run in runs if run not in tuned]
-    states, silence = queue.states_of(others)
+    below = {run: [run, *rundir.children(run)] for run in others}
+    ones = [one for run in others for one in below[run]]
+    told, silence = queue.states_of(ones)
+    states = dict(zip(ones, told, strict=True))
     if silence is not None:
         click.echo(f"hpcml: runs that may go on are kept: {silence}", err=True)
-    ended = [run for run, state in zip(others, states, strict=True) if state.is_final]
-    delivered = {run for run in ended if all(map(is_delivered, [run, *rundir.children(run)]))}
+
+    def has_arrived(run: RunDir) -> bool:
+        return is_delivered(run, state=states[run].name if states[run].is_final else "")
+
+    delivered = {run for run in others if states[run].is_final and all(map(has_arrived, below[run]))}
     return delivered | {run for run in tuned if _is_tuned(run)}
 
 

@@ -7,6 +7,7 @@ import click
 
 from .. import queue, rundir
 from ..errors import DONE, HpcmlError, ServiceSilent
+from ..slurm.text import ENDED
 from . import show
 from .root import json_option, site_option
 
@@ -41,7 +42,7 @@ def report_command(run: str | None, output: Path | None, site: str | None, as_js
         from ..report import terminal
 
         terminal.text(collected, Console(highlight=False, width=None if _is_wide() else terminal.WIDTH))
-    page = _written(found, found.report, state, reason, states)
+    page = found.report if _is_made(found, state) else _written(found, found.report, state, reason, states)
     if output and page:
         _copy(page, output)
     if not as_json and page:
@@ -65,6 +66,20 @@ def _variants(found: rundir.RunDir) -> dict[str, tuple[str, str]]:
         return {}
     states, _ = queue.states_of(queue.children(found))
     return {state.run_id.rpartition("/")[2]: (state.name, state.reason) for state in states}
+
+
+def _is_made(found: rundir.RunDir, state: str) -> bool:
+    """Whether an ended run's page tells of its end: made anew it would only have another time, and need sending again.
+
+    Without an end marker a page may be one that was made while the run went on; its state is the word that tells.
+    """
+    from .. import report
+
+    goes_on = state not in {*ENDED, "UNKNOWN", ""}
+    if goes_on or not found.report.is_file() or report.is_due(found):
+        return False
+    is_marked = bool(rundir.read_json(found.status).get("final"))
+    return is_marked or (bool(state) and state in found.report.read_text(errors="replace"))
 
 
 def _is_wide() -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
         from ..tracking.mlflow import is_delivered
 
         some = "not all delivered" if found.delivered.exists() else "not delivered"
-        where = "delivered" if is_delivered(found) else f"{some}: hpcml sync {found.id}"
+        where = "delivered" if is_delivered(found, state=state.name) else f"{some}: hpcml sync {found.id}"
         show.tell_places(found, where if state.is_final else "")
     return DONE
 
@@ -148,14 +149,22 @@ def cancel_command(run: str | None, site: str | None, as_json: bool) -> int:
 @json_option
 def sync_command(runs: tuple[str, ...], everything: bool, site: str | None, as_json: bool) -> int:
     """Deliver runs to MLflow; what is there already is not sent again. Lines that are no records are named (exit 1)."""
+    if everything and runs:
+        raise HpcmlError(f"--all means every run, and {' '.join(runs)} is named too", fix="leave out one of them")
+    from ..tracking import store
+
+    if typed := os.environ.get("MLFLOW_TRACKING_URI"):
+        store.check_typed(typed)
     root = show.root_of(site)
     if everything:
         wanted = list(rundir.every(root))[::-1]
     else:
         wanted = [rundir.find(root, reference) for reference in runs or (None,)]
-    from ..tracking.mlflow import is_delivered, noted
+    from ..tracking.mlflow import noted
 
-    new = [run for run in wanted if not is_delivered(run)]
+    new = [
+        run for run, state in zip(wanted, queue.states_of(wanted)[0], strict=True) if not show.is_delivered(run, state)
+    ]
     if everything and len(new) < len(wanted):
         there = len(wanted) - len(new)
         click.echo(f"{there} run{' is' if there == 1 else 's are'} in MLflow already", err=as_json)

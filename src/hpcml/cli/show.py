@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,22 +108,52 @@ def deliver(run: RunDir, *, announce: bool = True, follower: "Follower" = None) 
     from ..tracking import follow, mlflow
 
     follow.hurry(follower)  # it imports MLflow while the report is made
+    ended = ""
     try:
         with contextlib.suppress(ServiceSilent):
             state = queue.state_of(run)  # what Slurm knows of its end goes into the marker first
             if state.is_final:
+                ended = state.name
                 report.ensure(run, state=state.name, reason=state.reason)
-        plan = rundir.read_json(run.plan)
-        uri = mlflow.store_uri(sites.load(plan["site"]), Path(plan["project"]))
+        uri = _store_of(run)
         if announce:  # the first delivery also makes the database, which takes some seconds
             click.echo("hpcml: making the report, delivering to MLflow …", err=True)
-        done = follow.finish(follower) and mlflow.is_delivered(run, uri)
-        told = mlflow.noted(run) if done else mlflow.deliver(run, uri)
+        done = follow.finish(follower) and mlflow.is_delivered(run, uri, state=ended)
+        with _counting() as tell:
+            told = mlflow.noted(run) if done else mlflow.deliver(run, uri, state=ended, tell=tell)
     except HpcmlError as error:
         click.echo(f"hpcml: not delivered to MLflow; nothing is lost: hpcml sync {run.id}\n  {error}", err=True)
         return ""
     tell_unreadable(run)
     return f"{told.experiment} at {told.uri}"
+
+
+def _store_of(run: RunDir) -> str:
+    from ..tracking.mlflow import store_uri
+
+    plan = rundir.read_json(run.plan)
+    return store_uri(sites.load(plan["site"]), Path(plan["project"]))
+
+
+def is_delivered(run: RunDir, state: queue.State) -> bool:
+    """Whether MLflow has all of a run, at the address that it would be delivered to now."""
+    from ..tracking import mlflow
+
+    with contextlib.suppress(HpcmlError, KeyError):
+        return mlflow.is_delivered(run, _store_of(run), state=state.name if state.is_final else "")
+    return False
+
+
+@contextlib.contextmanager
+def _counting() -> "Iterator[Callable[[int, float], None] | None]":
+    """On a terminal, show how many points were sent: a million take minutes."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("delivering to MLflow …") as live:
+        yield lambda points, share: live.update(f"delivering to MLflow: {points:,} points, {share:.0%}")
 
 
 def tell_unreadable(run: RunDir) -> int:

@@ -21,4 +21,7 @@ def missing(report: "Report") -> tuple[str, ...]:
         told.append("step-time split: no profile was taken; [profile] steps = [10, 20] in the job file takes one")
     if report.lost:
         told.append(f"{report.lost} records: they could not be written (a full disk or quota)")
+    if report.left_out:
+        names = ", ".join(f"{name} ({count} times)" for name, count in report.left_out)
+        told.append(f"values that are no numbers: {names}")
     return tuple(told)

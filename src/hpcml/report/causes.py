@@ -63,7 +63,7 @@ _LINES = (
         "a larger mem_gb in [resources], or data that is read in parts instead of as a whole",
     ),
     _line(
-        r"No space left on device|ENOSPC",
+        r"[Nn]o space left on device|ENOSPC",
         "a disk is full",
         "hpcml runs prune, delete what is not needed, or point HPCML_RUNS and TMPDIR to another file system",
     ),

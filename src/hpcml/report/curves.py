@@ -76,7 +76,7 @@ def training(report: Report) -> tuple[Panel, ...]:
         pair = [(name, own[name]) for name in (base, f"val_{base}") if name in own]
         is_fraction = "accuracy" in base and all((s.high or 0) <= 1 for _, s in pair)
         lines = tuple(_line("validation" if n != base else "training", s, 100 if is_fraction else 1) for n, s in pair)
-        title = "Learning rate" if base == "lr" else base.replace("_", " ")
+        title = "Learning rate" if base == "lr" else base.replace("_", " ") or "(no name)"
         title = f"{title[0].upper()}{title[1:]}" + (" (%)" if is_fraction else "")
         panels.append(
             Panel(title, lines if len(pair) > 1 or pair[0][0] != base else (_named(lines[0], ""),), None, False)

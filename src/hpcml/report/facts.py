@@ -11,6 +11,7 @@ from typing import Any
 from .. import plan as plans
 from .. import rundir
 from ..rundir import RunDir, read_json
+from ..tracking import journal
 from . import absent, logs, records, resumable, variants
 from .comparison import ONGOING, Comparison, compare
 from .measured import Measured, measure, plan_of
@@ -110,6 +111,7 @@ class Report:
         failed: the variants of a comparison that failed.
         comparison: of a run with variants, None for others.
         lost: records that could not be kept.
+        left_out: metrics whose values were no numbers, and how often.
         resume_step: the step of the checkpoint that ``hpcml resume`` lets it go on from; None where it can't.
         missing: what could not be told, and why, in words.
     """
@@ -141,6 +143,7 @@ class Report:
     notebook: str | None
     comparison: Comparison | None
     lost: int
+    left_out: tuple[tuple[str, int], ...]
     missing: tuple[str, ...]
     failed: tuple["Report", ...] = ()
     resume_step: int | None = None
@@ -202,7 +205,9 @@ def collect(
         logs=next((one.logs[:1] for one in failed if one.logs), ()) or logs.ends(run, outcome.failed_rank),
         notebook=str(run.notebook(0)) if run.notebook(0).is_file() else None,
         comparison=compared,
-        lost=found.lost + (status["lost"] if isinstance(status.get("lost"), int) else 0),
+        # The marker counts what the journal tells, and what it had no room left to tell.
+        lost=max(found.lost, status["lost"] if isinstance(status.get("lost"), int) else 0),
+        left_out=tuple(sorted(journal.left_out(run.events).items())),
         missing=(),
         failed=failed,
         resume_step=resumable.step_to_resume(run, outcome.state, outcome.exit_code),

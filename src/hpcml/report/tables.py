@@ -42,7 +42,10 @@ def comparison(report: Report) -> Table | None:
         state = "" if m.state == "COMPLETED" else f" – {m.state}"
         cells = [replicas_text(m), number_text(m.samples_per_s), marked_speedup(report.comparison, row)]
         cells += [percent_text(row.efficiency, 0), number_text(m.step_time_ms), number_text(m.time_to_first_step_s)]
-        rows.append([f"{m.name}{state}", *cells, percent_text(m.accuracy, 1)])
+        used = (
+            f" ({', '.join(one.text for one in row.frameworks)})" if report.comparison.mixed and row.frameworks else ""
+        )
+        rows.append([f"{m.name}{used}{state}", *cells, percent_text(m.accuracy, 1)])
     head = ["Variant", "Replicas", "Samples/s", "Speed-up", "Efficiency", "Step (ms)", "First step (s)", "Accuracy"]
     heading = report.comparison.heading
     title = f"{heading[0].upper()}{heading[1:]}; speed-up over {report.comparison.baseline}"

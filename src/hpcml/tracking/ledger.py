@@ -8,8 +8,10 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import HpcmlError
 from ..rundir import RunDir, read_json, write_json
 from .journal import Unreadable, reader
 from .translate import Said
@@ -45,6 +47,8 @@ class Ledger:
         said: what the sent part of the journal says besides metrics.
         unreadable: the first lines that are no record, as ``[file, line, text]``; ``skipped``: how many there are.
         artifacts: of each file sent, its time (ns) and size.
+        last_ms: the newest time of a record that was sent, in milliseconds since the epoch.
+        gone: whether MLflow said that the run was deleted there.
     """
 
     place: dict[str, str] = field(default_factory=dict)
@@ -56,12 +60,20 @@ class Ledger:
     unreadable: list[tuple[str, int, str]] = field(default_factory=list)
     skipped: int = 0
     artifacts: dict[str, list[int]] = field(default_factory=dict)
+    last_ms: int = 0
+    gone: bool = False
 
     def save(self, run: RunDir) -> None:
-        """Write it, atomically."""
-        write_json(
-            run.delivered, {**self.place, **{name: getattr(self, name) for name in _PLAIN}, "said": vars(self.said)}
-        )
+        """Write it, atomically.
+
+        Raises:
+            HpcmlError: the run directory takes no file.
+        """
+        noted = {**self.place, **{name: getattr(self, name) for name in _PLAIN}, "said": vars(self.said)}
+        try:
+            write_json(run.delivered, noted)
+        except OSError as error:
+            raise unwritable(run.path, error) from None
 
     def note_unreadable(self, line: Unreadable) -> None:
         """Note a line that is no record."""
@@ -70,8 +82,14 @@ class Ledger:
             self.unreadable.append((line.file, line.line, line.text))
 
 
-_PLAIN = ("state", "lines", "offsets", "firsts", "unreadable", "skipped", "artifacts")
+_PLAIN = ("state", "lines", "offsets", "firsts", "unreadable", "skipped", "artifacts", "last_ms", "gone")
 _PLACE = ("uri", "experiment", "run_id")
+
+
+def unwritable(folder: Path, error: OSError) -> HpcmlError:
+    """Return what to say of a folder of the runs that takes no file: MLflow has no part in it."""
+    what = f"what was delivered can't be noted in {folder}: {error.strerror or error}"
+    return HpcmlError(what, fix="free space there, or make it writable; then hpcml sync")
 
 
 def load(run: RunDir) -> Ledger:

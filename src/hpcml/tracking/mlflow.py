@@ -7,26 +7,27 @@ are kept. Two records of the same name, step, millisecond and value are one poin
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import HpcmlError
-from ..rundir import RunDir, read_json, slurm_job_id
+from ..rundir import RunDir, owner_is_alive, read_json, slurm_job_id
 from ..site import Site, expand
 from . import ledger as ledgers
-from . import place, provenance, store, translate
+from . import place, provenance, store, translate, uploads
 from .journal import Unreadable
 from .ledger import Ledger
 from .store import Store
 from .translate import MAX_PARAM, MAX_TAG, NAME_TAG, PARENT_TAG, PLAN_TAG, Point, text
+from .uploads import LOG as LOG
 
 # MLflow's limits for one call (its REST API, "Log Batch"), the last in bytes of JSON.
 MAX_POINTS, MAX_PAIRS, MAX_BYTES = 1000, 100, 1_000_000
-# What a delivery writes about itself is no part of the run.
-LOG = "delivery.txt"
+# What is told while points are sent: how many by now, and which share of the journal that was new.
+Tell = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,26 @@ class Delivery:
 
 
 def store_uri(site: Site, project: Path) -> str:
-    """Return MLflow's address: ``$MLFLOW_TRACKING_URI``, else the site's."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or expand(site.tracking, f"site {site.name}: tracking", project)
+    """Return MLflow's address: ``$MLFLOW_TRACKING_URI``, else the site's.
+
+    Raises:
+        HpcmlError: the variable names what can be no store of MLflow's.
+    """
+    typed = os.environ.get("MLFLOW_TRACKING_URI")
+    if typed:
+        store.check_typed(typed)
+    return typed or expand(site.tracking, f"site {site.name}: tracking", project)
 
 
-def deliver(run: RunDir, uri: str, *, parent: RunDir | None = None, files: bool = True) -> Delivery:
+def deliver(
+    run: RunDir,
+    uri: str,
+    *,
+    parent: RunDir | None = None,
+    files: bool = True,
+    state: str = "",
+    tell: Tell | None = None,
+) -> Delivery:
     """Send to MLflow what it does not have yet of a run; its parent is delivered first.
 
     What stands in the journal as no record is passed over and told in the result.
@@ -67,32 +83,39 @@ def deliver(run: RunDir, uri: str, *, parent: RunDir | None = None, files: bool 
         uri: ``sqlite:///<file>``, ``http(s)://[user:password@]<host>``, or whatever else MLflow takes.
         parent: the run that this one belongs to; by default that of a ``<parent>/<variant>`` id.
         files: whether to send files too; while a run goes on its logs change all the time.
+        state: how the run ended where its end marker does not say.
+        tell: what is called after each batch of points, with the points sent by now and the share of the new journal.
 
     Raises:
         ServiceSilent: MLflow gives no answer or refuses; what was sent until then is noted.
-        HpcmlError: no such run, or its MLflow run or experiment was deleted.
+        HpcmlError: no such run, or its MLflow run or experiment was deleted, or the run directory takes no file.
     """
     if not run.path.is_dir():
         raise HpcmlError(f"no run directory at {run.path}", fix="hpcml runs list")
     # Two deliveries of one run to a server would both create it there; a variant's parent is created with it.
     lock = RunDir(run.root, run.id.partition("/")[0]).delivered.with_suffix(".lock")
     with store.opened(store.parse(uri), lock, run.id) as opened:
-        return _deliver(opened, run, parent, files=files)
+        return _deliver(opened, run, parent, files=files, state=state, tell=tell)
 
 
-def is_delivered(run: RunDir, uri: str | None = None) -> bool:
+def is_delivered(run: RunDir, uri: str | None = None, *, state: str = "") -> bool:
     """Whether MLflow has all that the run directory holds now; ``delivered.json`` alone says that a delivery began.
+
+    What was deleted in MLflow is not delivered: a SQLite store is asked, a server has said so at the last delivery.
 
     Args:
         uri: at this address; by default wherever it was delivered last.
+        state: how the run ended where its end marker does not say.
     """
     ledger = ledgers.load(run)
     return (
-        bool(ledger.place)
+        bool(ledger.place.get("uri"))
+        and not ledger.gone
         and (uri is None or ledger.place.get("uri") == store.parse(uri).shown)
-        and ledger.state == _state(read_json(run.status))
+        and ledger.state == _state(run, read_json(run.status), state)
+        and not place.is_missing(ledger.place)
         and not ledgers.has_news(run, ledger)
-        and all(ledger.artifacts.get(str(path.relative_to(run.path))) == now for path, now in _artifacts(run))
+        and all(ledger.artifacts.get(str(path.relative_to(run.path))) == now for path, now in uploads.of(run))
     )
 
 
@@ -107,7 +130,16 @@ def _told(ledger: Ledger, points: int, artifacts: int) -> Delivery:
     return Delivery(run_id, experiment, points, artifacts, uri, tuple(ledger.unreadable), ledger.skipped)
 
 
-def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str = "", *, files: bool) -> Delivery:
+def _deliver(
+    to: Store,
+    run: RunDir,
+    parent: RunDir | None = None,
+    fallback: str = "",
+    *,
+    files: bool,
+    state: str = "",
+    tell: Tell | None = None,
+) -> Delivery:
     plan, status, ledger = read_json(run.plan), read_json(run.status), ledgers.load(run)
     stays = ledger.place.get("uri") == to.address.shown
     experiment = (ledger.place.get("experiment") if stays else "") or place.experiment_of(run, plan) or fallback
@@ -116,39 +148,63 @@ def _deliver(to: Store, run: RunDir, parent: RunDir | None = None, fallback: str
     if parent is None and "/" in run.id:
         parent = RunDir(run.root, run.id.rpartition("/")[0])
     parent_id = _deliver(to, parent, None, experiment, files=files).run_id if parent else None
-    mine = (
-        place.known(to, run, ledger.place)
-        or place.tagged(to, run, experiment)
-        or place.created(to, run, plan, status, experiment)
-    )
+    mine = _found(to, run, ledger, experiment)
     here = {"uri": to.address.shown, "experiment": experiment, "run_id": mine.info.run_id}
     if ledger.place != here:
         ledger = Ledger(here)  # another store, or one that forgot the run: what was noted does not hold there
-    points = _send_journal(to, run, ledger)
-    state = _state(status)
+    points = _send_journal(to, run, ledger, tell)
+    state = _state(run, status, state)
     asked = translate.params(plan)  # first, for MLflow shows parameters in the order they were sent; and they win
     params = {**asked, **ledger.said.params, **provenance.params(run), **asked}
     tags = translate.tags(plan, state, slurm_job_id(run) or status.get("slurm_job_id"), ledger.said)
     tags |= {PLAN_TAG: place.fingerprint(run)} | ({PARENT_TAG: parent_id} if parent_id else {})
     _send_facts(to, mine, params, tags, ledger)
-    _send_state(to, mine, translate.status(state), status)
-    artifacts = _send_artifacts(to, run, ledger) if files else 0
-    if ledger.state != state:
-        ledger.state = state
+    _send_state(to, mine, translate.status(state), _end_ms(run, status, ledger))
+    artifacts = uploads.send(to, run, ledger) if files else 0
+    if ledger.state != state or ledger.gone:
+        ledger.state, ledger.gone = state, False
         ledger.save(run)
     return _told(ledger, points, artifacts)
 
 
-def _state(status: Mapping[str, Any]) -> str:
-    return str(status.get("state") or "RUNNING")
+def _found(to: Store, run: RunDir, ledger: Ledger, experiment: str) -> Any:
+    """Return the run's MLflow run, made where there is none; that it was deleted is noted."""
+    try:
+        return (
+            place.known(to, run, ledger.place)
+            or place.tagged(to, run, experiment)
+            or place.created(to, run, read_json(run.plan), read_json(run.status), experiment)
+        )
+    except place.Deleted:
+        if ledger.place:
+            ledger.gone = True
+            ledger.save(run)
+        raise
 
 
-def _send_journal(to: Store, run: RunDir, ledger: Ledger) -> int:
+def _state(run: RunDir, status: Mapping[str, Any], told: str = "") -> str:
+    """The run's state by its end marker, else as told; a process that died without a marker leaves it UNKNOWN."""
+    if status.get("state") and (status.get("final") or not told):
+        return str(status["state"])
+    return told or ("UNKNOWN" if run.owner.exists() and not owner_is_alive(run) else "RUNNING")
+
+
+def _end_ms(run: RunDir, status: Mapping[str, Any], ledger: Ledger) -> int | None:
+    """When a run ended, in milliseconds since the epoch: by its marker, else its last record; None where nothing tells."""
+    ended = status.get("ended")
+    if isinstance(ended, int | float):
+        return round(ended * 1000)
+    newest = max((path.stat().st_mtime for path in run.events.glob("*.jsonl")), default=0.0)
+    return ledger.last_ms or round(newest * 1000) or None
+
+
+def _send_journal(to: Store, run: RunDir, ledger: Ledger, tell: Tell | None = None) -> int:
     """Send the metrics behind the noted lines, in the journal's order, and note the lines after each call.
 
     One call is under way while the next is put together: most of a call is waiting for the store.
     """
-    sent = 0
+    sent, before = 0, sum(ledger.offsets.values())
+    new = sum(path.stat().st_size for path in run.events.glob("*.jsonl")) - before
     with ThreadPoolExecutor(1, "hpcml-delivery") as executor:
         under_way: Future[None] | None = None
         behind: dict[str, tuple[int, int]] = {}
@@ -156,6 +212,8 @@ def _send_journal(to: Store, run: RunDir, ledger: Ledger) -> int:
             if under_way:
                 under_way.result()
                 _note(run, ledger, behind)
+                if tell and new > 0:
+                    tell(sent, min(1.0, (sum(ledger.offsets.values()) - before) / new))
             under_way, behind = executor.submit(_send_points, to, ledger.place["run_id"], points), reached
             sent += len(points)
         if under_way:
@@ -190,6 +248,8 @@ def _points(line: ledgers.Line, ledger: Ledger) -> Iterable[Point]:
     if not isinstance(record, dict):
         return ()
     ledger.said.take(record)
+    if ledger.last_ms < record["t"] < 2**63:
+        ledger.last_ms = record["t"]
     first_ms = ledger.firsts.setdefault(line.file, record["t"]) if record["kind"] == "sample" else 0
     return translate.points(record, ledger.said, first_ms)
 
@@ -224,44 +284,12 @@ def _send_facts(to: Store, mine: Any, params: Mapping[str, Any], tags: Mapping[s
         to.client.log_batch(mine.info.run_id, tags=changed[start : start + MAX_PAIRS], synchronous=True)
 
 
-def _send_state(to: Store, mine: Any, wanted: str, status: Mapping[str, Any]) -> None:
+def _send_state(to: Store, mine: Any, wanted: str, end_ms: int | None) -> None:
     there = mine.info
     if wanted == "RUNNING":
         if there.status != "RUNNING":
             to.client.update_run(there.run_id, status="RUNNING")
         return
-    ended = status.get("ended")
-    end_ms = round(ended * 1000) if isinstance(ended, int | float) else there.end_time
+    end_ms = there.end_time if end_ms is None else end_ms
     if there.status != wanted or there.end_time is None or there.end_time != end_ms:
         to.client.set_terminated(there.run_id, wanted, end_ms)
-
-
-def _send_artifacts(to: Store, run: RunDir, ledger: Ledger) -> int:
-    """Send the files that are new, or changed since they were sent."""
-    sent = 0
-    for path, now in _artifacts(run):
-        key = str(path.relative_to(run.path))
-        if ledger.artifacts.get(key) != now:
-            folder = os.path.dirname(key)
-            to.client.log_artifact(ledger.place["run_id"], str(path), folder or None)
-            ledger.artifacts[key] = now
-            sent += 1
-            ledger.save(run)
-    return sent
-
-
-def _artifacts(run: RunDir) -> Iterator[tuple[Path, list[int]]]:
-    """Yield each file that MLflow gets, with its time and size before the upload: what is appended then goes next.
-
-    The marker and the report come last: whoever sees them there sees all that they are about.
-    """
-    notebooks = (run.notebook(0), *sorted(run.path.glob("notebook.*.ipynb")))
-    logs = (path for path in sorted(run.logs.glob("*")) if path.name != LOG)
-    origin = (run.plan, run.script, run.provenance, run.patch, run.packages)
-    folders = (run.profile, run.model, run.artifacts, run.plots)
-    made = (run.comparison, run.plot, *(path for folder in folders for path in sorted(folder.rglob("*"))))
-    last = (run.status, run.report)
-    for path in dict.fromkeys((*origin, *notebooks, *logs, *made, *last)):
-        if path.is_file():
-            stat = path.stat()
-            yield path, [stat.st_mtime_ns, stat.st_size]

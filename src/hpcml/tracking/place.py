@@ -4,16 +4,23 @@ import contextlib
 import getpass
 import hashlib
 import os
+import shlex
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .. import job as jobs
 from ..errors import HpcmlError
 from ..rundir import RunDir, read_json
 from . import ledger
-from .store import Store
+from .store import Store, parse
 from .translate import MAX_TAG, PLAN_TAG, RUN_TAG, text
+
+
+class Deleted(HpcmlError):
+    """Somebody deleted the MLflow run or its experiment."""
 
 
 def experiment_of(run: RunDir, plan: Mapping[str, Any]) -> str:
@@ -59,11 +66,34 @@ def known(to: Store, run: RunDir, noted: Mapping[str, str]) -> Any:
         experiment = to.client.get_experiment(found.info.experiment_id)
         if experiment.lifecycle_stage == "deleted":
             raise _deleted_experiment(to, experiment)
-        raise HpcmlError(
+        restore = f"{_at(to)}mlflow runs restore --run-id {found.info.run_id}"
+        raise Deleted(
             f"the MLflow run {found.info.run_id} of {run.id} was deleted in {to.address.shown}",
-            fix=f"mlflow runs restore --run-id {found.info.run_id}; or remove {run.delivered} to send the run anew",
+            fix=f"{restore}; or remove {run.delivered} to send the run anew",
         )
     return found
+
+
+def is_missing(noted: Mapping[str, str]) -> bool:
+    """Whether a SQLite store lacks the run that delivered.json names, or it was deleted there; False of a server.
+
+    Asked of the file itself, since importing MLflow takes seconds. One that is locked can't be told about.
+    """
+    database = parse(noted["uri"]).database
+    if database is None:
+        return False
+    query = """SELECT 1 FROM runs JOIN experiments USING (experiment_id)
+        WHERE run_uuid = ? AND runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'"""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True, timeout=1)) as asked:
+            return asked.execute(query, (noted.get("run_id"),)).fetchone() is None
+    except sqlite3.Error as error:
+        return "locked" not in str(error)
+
+
+def _at(to: Store) -> str:
+    """What stands before a command of MLflow's, so that it looks at this store."""
+    return f"MLFLOW_TRACKING_URI={shlex.quote(to.address.shown)} "
 
 
 def tagged(to: Store, run: RunDir, experiment: str) -> Any:
@@ -98,8 +128,17 @@ def created(to: Store, run: RunDir, plan: Mapping[str, Any], status: Mapping[str
         tags["mlflow.user"] = getpass.getuser()
     if plan.get("target") and plan.get("work") != "comparison":
         tags["mlflow.source.name"] = text(plan["target"][0], MAX_TAG)
+    # Set once: what a person writes there instead stays.
+    tags["mlflow.note.content"] = text(_description(run, plan), MAX_TAG)
     start_ms = round(_started_s(run, status) * 1000)
     return to.client.create_run(number, start_time=start_ms, tags=tags, run_name=_shown_name(run))
+
+
+def _description(run: RunDir, plan: Mapping[str, Any]) -> str:
+    """What MLflow's page says of the run, in Markdown."""
+    what = f"`{plan['target'][0]}`" if plan.get("target") else str(plan.get("name") or run.id)
+    where = f" on {plan['site']}" if plan.get("site") else ""
+    return f"{what}{where}. Its report is the artifact `report.html`; its files: `hpcml status {run.id}`."
 
 
 def _shown_name(run: RunDir) -> str:
@@ -116,10 +155,11 @@ def _experiment_id(to: Store, name: str) -> str | None:
     return str(found.experiment_id) if found is not None else None
 
 
-def _deleted_experiment(to: Store, experiment: Any) -> HpcmlError:
-    return HpcmlError(
+def _deleted_experiment(to: Store, experiment: Any) -> Deleted:
+    restore = f"{_at(to)}mlflow experiments restore --experiment-id {experiment.experiment_id}"
+    return Deleted(
         f"the MLflow experiment {experiment.name!r} was deleted in {to.address.shown}",
-        fix=f"mlflow experiments restore --experiment-id {experiment.experiment_id}; or `mlflow gc` ends it for good",
+        fix=f"{restore}; or `mlflow gc` ends it for good",
     )
 
 

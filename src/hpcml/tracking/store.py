@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import re
+import shlex
 import sys
 import textwrap
 import time
@@ -16,11 +17,25 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
 from ..errors import HpcmlError, ServiceSilent
+from . import deadline
 
 ANSWER_S = 5  # a server that gives no first answer in this time is silent; MLflow's own defaults make it 247 s
 CALL_S = 20  # any later call, unless MLFLOW_HTTP_REQUEST_TIMEOUT is set
 LOCK_WAIT_S = 60  # for another delivery to the same store
 LOCK_TELL_S = 2
+_OTHER = "set MLFLOW_TRACKING_URI, or the site's `tracking`, to another file"
+LOGIN = (
+    "the credentials are wrong or missing: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
+    "MLFLOW_TRACKING_TOKEN), then hpcml sync; nothing is lost: the run directory has it all"
+)
+# The packages of the drivers that SQLAlchemy imports by these names.
+DRIVERS = {
+    "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+    "pymysql": "PyMySQL",
+    "pyodbc": "pyodbc",
+}
 LATER = "nothing is lost: the run directory has it all; `hpcml sync` delivers it later"
 
 QUIET = {
@@ -73,7 +88,9 @@ def parse(uri: str) -> Address:
     scheme = uri.partition(":")[0].partition("+")[0]
     allowed, fix = "sqlite:///FILE, http://HOST:PORT", "set MLFLOW_TRACKING_URI, or the site's `tracking`"
     if scheme == "file" or ("://" not in uri and not uri.startswith(("sqlite:", "databricks", "uc:"))):
-        raise HpcmlError(f"MLflow keeps no runs in a folder: {uri}", allowed=allowed, fix=fix)
+        is_folder = scheme == "file" or os.sep in uri or os.path.isdir(uri)
+        what = f"MLflow keeps no runs in a folder: {uri}" if is_folder else f"{uri!r} is no address of MLflow"
+        raise HpcmlError(what, allowed=allowed, fix=fix)
     if scheme == "sqlite":
         name = uri.partition("///")[2].partition("?")[0]
         if not name or name.startswith((":memory:", "file:")):
@@ -95,6 +112,34 @@ def parse(uri: str) -> Address:
     return Address(uri, shown, secrets=tuple(filter(None, secrets)))
 
 
+def check_typed(uri: str) -> None:
+    """Refuse an address that a person mistyped, before anything is made of it.
+
+    Raises:
+        HpcmlError: no address, a folder, another file than a database, or a folder below none.
+    """
+    database = parse(uri).database
+    if database is not None and not database.parent.parent.is_dir():
+        raise HpcmlError(
+            f"there is no folder {database.parent} for MLflow's database", origin="MLFLOW_TRACKING_URI",
+            fix=f"mkdir -p {shlex.quote(str(database.parent))}, or correct the address",
+        )  # fmt: skip
+    _check_file(database)
+
+
+def _check_file(database: Path | None) -> None:
+    """Refuse another file than a SQLite database; an absent or empty one becomes one."""
+    if database is None or not database.exists():
+        return
+    try:
+        with database.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise HpcmlError(f"{database} can't be read: {error.strerror}", fix=_OTHER) from None
+    if head not in (b"", b"SQLite format 3\0"):  # https://www.sqlite.org/fileformat.html#the_database_header
+        raise HpcmlError(f"{database} is not a database", allowed="sqlite:///FILE of MLflow's", fix=_OTHER)
+
+
 @contextlib.contextmanager
 def opened(address: Address, lock: Path, what: str) -> Iterator[Store]:
     """Yield the store once it has answered, locked against other deliveries.
@@ -106,8 +151,10 @@ def opened(address: Address, lock: Path, what: str) -> Iterator[Store]:
 
     Raises:
         ServiceSilent: the store gives no answer, refuses, or stays locked; also in the midst of the work.
-        HpcmlError: MLflow is not installed, or its variables hold no numbers.
+        HpcmlError: MLflow or a driver is not installed, its variables hold no numbers, the file is no database, or no
+            file can be made beside it.
     """
+    _check_file(address.database)
     settings = {**QUIET, **_patience(), **address.env}
     if address.database:
         lock = address.database.with_name(address.database.name + ".lock")
@@ -115,16 +162,27 @@ def opened(address: Address, lock: Path, what: str) -> Iterator[Store]:
     with environment(settings), warnings.catch_warnings(action="ignore"):
         errors = _service_errors()
         try:
-            with silenced(), _locked(lock, address):
+            with silenced(), deadline.bounded(), _locked(lock, address):
                 yield Store(_client(address), address)
         except errors as error:
             words = re.sub(r"\s+", " ", str(error) or type(error).__name__)
             for secret in address.secrets:
                 words = words.replace(secret, "***")
             words = textwrap.shorten(words, 600, placeholder=" …")
-            raise ServiceSilent(f"MLflow at {address.shown} did not take {what}: {words}", fix=LATER) from None
+            fix = LOGIN if _code_of(error) in (401, 403) else LATER
+            raise ServiceSilent(f"MLflow at {address.shown} did not take {what}: {words}", fix=fix) from None
         except ImportError as error:
-            raise HpcmlError(f"MLflow at {address.shown} needs a package: {error}", fix="pip install it") from None
+            package = DRIVERS.get(error.name or "", error.name or "what it names")
+            fix = f"pip install {shlex.quote(package)}"
+            raise HpcmlError(f"MLflow at {address.shown} needs a package: {error}", fix=fix) from None
+
+
+def _code_of(error: Exception) -> int | None:
+    """The HTTP status that a server answered with, as MLflow or requests tells it; None where none did."""
+    told = getattr(getattr(error, "response", None), "status_code", None)
+    if told is None and (ask := getattr(error, "get_http_status_code", None)):
+        told = ask()
+    return told if isinstance(told, int) else None
 
 
 def _patience() -> dict[str, str]:
@@ -178,8 +236,12 @@ def _make(database: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, address: Address) -> Iterator[None]:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        what = f"no lock for deliveries can be made in {path.parent}: {error.strerror or error}"
+        raise HpcmlError(what, fix="free space there, or make it writable; then hpcml sync") from None
     try:
         start, told = time.monotonic(), False
         while not _flock(handle):

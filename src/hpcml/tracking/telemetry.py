@@ -140,12 +140,14 @@ class Telemetry:
             return
         self.journal.write("params", values=self.gpus.facts())
 
-    def sample(self, now: float) -> Values:
+    def sample(self, now: float, t_ms: int | None = None) -> Values:
         """Take and record one sample.
 
         Args:
             now: monotonic seconds.
+            t_ms: the same moment in milliseconds since the epoch; by default that of the call.
         """
+        t_ms = time.time_ns() // 1_000_000 if t_ms is None else t_ms  # not when a slow driver has answered
         assert self.host, "open() comes first"
         values: Values = {}
         usage = self.host.read()  # also where it isn't recorded: it knows which processes are ours
@@ -161,19 +163,22 @@ class Telemetry:
         self.totals.sampled(now)
         values = {name: round(value, 3) for name, value in values.items()}
         if values and not self._ended.locked():
-            self.journal.write("sample", values=values)
+            self.journal.write("sample", t=t_ms, values=values)
         return values
 
     def _run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # signals are for the main thread
         try:
             self.open()
-            began = time.monotonic()
+            now, t_ms = _clocks()
+            began = now
             while True:
-                self.sample(time.monotonic())
-                if self._stop.wait(until_beat(began, time.monotonic(), self.interval_s)):
+                self.sample(now, t_ms)
+                ended = self._stop.wait(until_beat(began, time.monotonic(), self.interval_s))
+                now, t_ms = _clocks()
+                if ended:
                     break
-            self.sample(time.monotonic())
+            self.sample(now, t_ms)
         except Exception as error:  # whatever it is, the training goes on
             self.warn(f"telemetry ended early: {type(error).__name__}: {error}")
         finally:
@@ -194,6 +199,12 @@ class Telemetry:
         self.journal.message("warning", text)
         with contextlib.suppress(Exception):  # stderr may be closed
             print(f"hpcml: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _clocks() -> tuple[float, int]:
+    """Monotonic seconds and milliseconds since the epoch; these first, so that a beat of 1 s is never 999 ms later."""
+    t_ms = time.time_ns() // 1_000_000
+    return time.monotonic(), t_ms
 
 
 def _slurm_ids(environment: Mapping[str, str]) -> tuple[str, ...]:

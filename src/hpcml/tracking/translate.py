@@ -138,7 +138,9 @@ def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) ->
     }
     origins = {f"origin.{key}": origin for key, origin in (plan.get("origins") or {}).items()}
     own = {name: value for name, value in said.tags.items() if name not in OURS}
-    return {name: value for name, value in {**origins, **ours, **own}.items() if value is not None}
+    values = {**origins, **ours, **own}
+    # MLflow's page shows tags in the order they were sent, and where values came from is a dozen of them.
+    return {name: values[name] for name in {**ours, **own, **origins} if values[name] is not None}
 
 
 def device(plan: Mapping[str, Any], said: Said) -> str:

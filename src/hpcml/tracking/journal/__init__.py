@@ -17,11 +17,13 @@ profile    ``first``, ``last`` (steps), ``folder``, ``split`` (name → ms a ste
 finish     ``state``, ``reason``: how the work says it ended
 message    ``level`` (``info``, ``warning`` or ``error``), ``text``
 lost       ``count`` (int): records that this file had no room for since the last such record
+left_out   ``names`` (of metrics): values that one call of ``log`` gave and that are no numbers, or have no possible step
 ========== ==================================================================================================
 """
 
 from .reader import Reader as Reader
 from .reader import Unreadable as Unreadable
+from .reader import left_out as left_out
 from .reader import lost as lost
 from .reader import problems as problems
 from .reader import read as read

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,13 @@ def lost(folder: Path, rank: int | None = None, restart: int | None = None) -> i
     told = read(folder, kinds={"lost"})
     mine = (r for r in told if rank in (None, r["rank"]) and restart in (None, r["restart"]))
     return sum(record["count"] for record in mine if isinstance(record.get("count"), int))
+
+
+def left_out(folder: Path, rank: int | None = None, restart: int | None = None) -> dict[str, int]:
+    """Return how many values of each metric were left out, by one rank and restart or by all: they were no numbers."""
+    told = read(folder, kinds={"left_out"})
+    mine = (r for r in told if rank in (None, r["rank"]) and restart in (None, r["restart"]))
+    return dict(Counter(str(name) for record in mine for name in record.get("names") or ()))
 
 
 def scan(

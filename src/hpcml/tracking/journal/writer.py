@@ -17,6 +17,8 @@ from .reader import MAX_LINE, TORN
 # Node loss costs at most a second: this pause, and a tenth for the disk.
 SYNC_S = 0.9
 MAX_NAMES = 4096  # names kept in their JSON form; a training has tens
+MOST_TOLD = 20  # metrics that a person is told of one by one; what is left out of more is only counted
+MAX_INT = 2**63 - 1  # of a step and of a time: MLflow keeps them in a BIGINT
 
 _write, _time_ns = os.write, time.time_ns
 
@@ -46,11 +48,41 @@ def _number(value: Any) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+def _place(step: Any, t_ms: Any) -> tuple[int, int]:
+    """Return a metric's step and time as whole numbers that MLflow can keep.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    try:
+        if not -MAX_INT - 1 <= (whole := int(step)) <= MAX_INT:
+            raise OverflowError
+    except Exception as error:
+        why = "beyond 64 bits" if isinstance(error, OverflowError) else "no whole number"
+        raise ValueError(f"step {_shown(step)} is {why}") from None
+    try:
+        t = _time_ns() // 1_000_000 if t_ms is None else int(t_ms)
+        if not 0 <= t <= MAX_INT:
+            raise OverflowError
+    except Exception:
+        raise ValueError(f"time {_shown(t_ms)} is no milliseconds since 1970") from None
+    return whole, t
+
+
+def _shown(value: object) -> str:
+    """Return the start of a value's text, for a message; a foreign object, or a number of 5,000 digits, may have none."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
 class Journal:
     """One writer's file. ``write`` never raises and never waits for anything but the file system.
 
     Attributes:
-        lost: records that could not be kept.
+        lost: records that could not be kept; what a metric leaves out since it is no number isn't among them.
         untold: those of them that no ``lost`` record in the file tells of.
     """
 
@@ -62,7 +94,8 @@ class Journal:
         """Open the file for appending; one that can't be opened loses records, said once."""
         self.path = path
         self.lost = 0
-        self._torn = self._said = self._left_out = False
+        self._torn = self._said = False
+        self._told: set[str] = set()  # what a person was told of as left out
         self._descriptor = -1
         self._start_afresh()
         try:
@@ -83,9 +116,11 @@ class Journal:
         return self._append(text.encode("utf-8", "backslashreplace") + b"\n")
 
     def metric(self, step: int, values: Mapping[str, float], t_ms: int | None = None) -> bool:
-        """Append metrics of one step; what isn't a number is left out, said once, and gives False.
+        """Append metrics of one step; what can't be kept is left out, said once for each name, counted, and gives False.
 
         Args:
+            step: of 64 bits, as MLflow has it; with another all values are left out.
+            values: what ``float`` takes, such as a tensor, or text that is a number.
             t_ms: when they were measured, in milliseconds since the epoch; by default now.
         """
         names = _names
@@ -98,10 +133,12 @@ class Journal:
             )
             if type(step) is not int:
                 step = int(step)
-            t = _time_ns() // 1_000_000 if t_ms is None else int(t_ms)
+            if t_ms is not None or not -MAX_INT <= step <= MAX_INT:
+                step, t_ms = _place(step, t_ms)
+            t = _time_ns() // 1_000_000 if t_ms is None else t_ms
             line = f'{{"t":{t},"kind":"metric","step":{step},"values":{{{body}}}}}\n'.encode()
-        except Exception as error:  # a metric must not end a training
-            return self._metric_in_part(step, values, t_ms, error)
+        except Exception:  # a metric must not end a training
+            return self._metric_in_part(step, values, t_ms)
         return self._append(line)
 
     def message(self, level: str, text: str) -> bool:
@@ -175,23 +212,29 @@ class Journal:
                     said = _say(f"records may be lost, {self.path}: {error}")
             self._closing.wait(SYNC_S)
 
-    def _metric_in_part(self, step: int, values: Mapping[str, float], t_ms: int | None, error: Exception) -> bool:
-        """Keep the numbers of a metric that holds something else too."""
+    def _metric_in_part(self, step: int, values: Mapping[str, float], t_ms: int | None) -> bool:
+        """Keep the numbers of a metric that holds something else too, and tell of the rest."""
+        pairs: list[str] = []
+        refused: dict[str, str] = {}  # what is left out, and why
         try:
-            step, t = int(step), _time_ns() // 1_000_000 if t_ms is None else int(t_ms)
-            pairs = []
+            step, t = _place(step, t_ms)
             for name, value in values.items():
                 try:
                     pairs.append(_names[name] + _number(value))
-                except Exception as worse:
-                    error = TypeError(f"{name!r}: {worse}")
-            line = f'{{"t":{t},"kind":"metric","step":{step},"values":{{{",".join(pairs)}}}}}\n'.encode()
-        except Exception as worse:
-            pairs, error = [], worse
-        if pairs:
-            self._append(line)
-        if not self._left_out:
-            self._left_out = _say(f"left out, since it is no number: {error}")
+                except Exception:
+                    refused[_text(name)] = f"metric {_shown(name)} is left out: {_shown(value)} is no number"
+            if pairs:
+                self._append(f'{{"t":{t},"kind":"metric","step":{step},"values":{{{",".join(pairs)}}}}}\n'.encode())
+        except Exception as error:
+            told = f"metrics are left out: {error}"
+            refused = dict.fromkeys(map(_text, values), told) if isinstance(values, Mapping) else {"": told}
+        for name, text in refused.items():
+            about = name if text.startswith("metric ") else ""  # a step is told of once, whatever the metrics
+            if about not in self._told and len(self._told) < MOST_TOLD:
+                self._told.add(about)
+                _say(text)
+                self.message("warning", text)
+        self.write("left_out", names=list(refused))
         return False
 
     def _ends_torn(self) -> bool:
@@ -226,6 +269,10 @@ class Journal:
         self._wake, self._closing, self._settling = threading.Event(), threading.Event(), threading.Lock()
         self._syncing, self._settled = None, False
         self.untold = 0  # the parent's it tells itself
+
+
+def _text(name: object) -> str:
+    return name if isinstance(name, str) else _shown(name)
 
 
 _open: "weakref.WeakSet[Journal]" = weakref.WeakSet()
