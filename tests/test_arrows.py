@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "hpcml"
 # Shared by all rooms, on the standard library alone. journal is the file format of a run's events.
 LEAF = {
     *("errors", "job", "site", "facts", "plan", "interpreter", "provision", "rundir", "snapshot", "slurm"),
-    *("tracking.journal", "tracking.provenance", "tracking.installed", "tracking.revision"),
+    *("tracking.journal", "tracking.heartbeat", "tracking.provenance", "tracking.installed", "tracking.revision"),
 }
 FRAMEWORKS = {
     *("tensorflow", "keras", "tf_keras", "torch", "horovod", "numpy", "mlxtend", "matplotlib", "mlflow"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpcml import rundir
 from hpcml.node import batch, bootstrap, devices, ending, threads, topology
 from hpcml.node import beside as beside_the_work
 from hpcml.rundir import RunDir
@@ -64,6 +66,30 @@ def test_a_run_has_ended_when_the_work_of_its_last_rank_has(run: RunDir) -> None
     assert batch.close_run(run, 0)["ended"] > 1e9
     run.status_of(2).write_text(json.dumps(rank(2, 0, 4.5)))
     assert batch.close_run(run, 0)["ended"] == 5.0
+
+
+def test_a_run_whose_ranks_left_nothing_is_slurms_to_judge(run: RunDir) -> None:
+    """srun ends with 0 where Slurm takes the job of a lost node back into the queue."""
+    assert batch.close_run(run, 0)["final"] is False
+    for number in range(3):
+        run.status_of(number).write_text(json.dumps(rank(number, 0, 4.0)))
+    marker = batch.close_run(run, 0)
+    assert (marker["state"], marker["final"]) == ("COMPLETED", True)
+
+
+def test_an_execution_that_was_given_up_leaves_no_marker(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a node failure it may still be alive when the second one runs."""
+    for name, value in {"HPCML_RUNS": str(run.root), "HPCML_RUN": run.id, "SLURM_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["batch", "close", "1"])
+    run.event_file(0, 2, "rank").touch()
+    assert ending.superseded(run, 1) and not ending.superseded(run, 2)
+    assert batch.main() == 0 and not run.status.exists()
+    assert "goes on in a later execution" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert batch.main() == 0 and rundir.read_json(run.status)["restarts"] == 2
 
 
 def test_what_term_killed_before_the_time_was_noted_was_cleared_away(run: RunDir) -> None:

@@ -211,6 +211,11 @@ def test_equal_jobs_of_two_clusters_on_one_host_share_no_port() -> None:
     assert not one & other
 
 
+def test_a_restart_does_not_meet_the_execution_before_it() -> None:
+    apart = [ports(step(0, [2]) | {"SLURM_RESTART_COUNT": str(restart)}) for restart in range(10)]
+    assert len(set().union(*apart)) == 20
+
+
 def test_a_step_of_slurms_own_has_ports_too() -> None:
     assert max(ports(INTERACTIVE)) <= LAST_PORT
 

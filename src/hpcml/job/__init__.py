@@ -132,6 +132,7 @@ def from_tree(
         env=checks.environment(check, check.table(tree, "env")),
         tuning=checks.tuning(check, check.table(tree, "tuning")),
         profile=checks.profile(check, tree),
+        stall_timeout=checks.stall_timeout(check, tree),
         typed=dict(typed or {}),
         origins=dict(origins),
     )

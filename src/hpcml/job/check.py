@@ -14,6 +14,7 @@ from .schema import (
     MOST,
     NAME_PATTERN,
     PARAMETER_PATTERN,
+    STALL_TIMEOUT,
     Environment,
     Resources,
     Scalar,
@@ -210,6 +211,20 @@ def tuning(check: Checker, table: Mapping[str, Any]) -> Tuning:
         jit_compile=jit,
         gpu_thread_mode=mode,
     )
+
+
+def stall_timeout(check: Checker, tree: Mapping[str, Any]) -> str:
+    """Take up ``stall_timeout``: a time as Slurm writes it, or ``off``."""
+    value = tree.get("stall_timeout", STALL_TIMEOUT)
+    try:
+        if value == "off" or seconds(value if isinstance(value, str) else "") > 0:
+            return str(value)
+    except ValueError:
+        pass
+    origin = check.origins.get("stall_timeout", "stall_timeout")
+    allowed = '"20" (minutes), "00:20:00" or "off", in quotes'
+    check.add(f"stall_timeout = {value!r} is not a time", origin, allowed)
+    return STALL_TIMEOUT
 
 
 def profile(check: Checker, tree: Mapping[str, Any]) -> tuple[int, int] | None:

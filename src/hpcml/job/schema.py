@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .duration import seconds
+
 Scalar = str | int | float | bool
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PARAMETER_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -14,6 +16,7 @@ PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 WORK_KEYS = ("notebook", "script", "command")
 MOST = 10**9  # of anything that is counted
 GPU_THREAD_MODES = ("global", "gpu_private", "gpu_shared")  # TensorFlow's TF_GPU_THREAD_MODE
+STALL_TIMEOUT = "00:20:00"  # longer than NCCL's own 10 minutes, shorter than Gloo's 30
 LONGEST_PROFILE = 200  # steps: a profile holds every operation of each of them
 
 
@@ -112,6 +115,8 @@ class Job:
         project: the folder that paths are relative to and that is snapshotted.
         path: the job file, None for a job made in Python.
         profile: first and last step to profile, from 1 over the whole training, both included; None for no profile.
+        stall_timeout: how long a training of several ranks may be without a step, in one of Slurm's forms, or ``off``; four
+            times as long before its first step and between its epochs.
         typed: ``-p`` values as typed that replace nothing in the job file: the work's own default may give their type.
         origins: for each dotted key, where its value came from.
     """
@@ -131,5 +136,11 @@ class Job:
     env: Environment = Environment()
     tuning: Tuning = Tuning()
     profile: tuple[int, int] | None = None
+    stall_timeout: str = STALL_TIMEOUT
     typed: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stall_s(self) -> int:
+        """``stall_timeout`` in seconds, 0 for ``off``."""
+        return 0 if self.stall_timeout == "off" else seconds(self.stall_timeout)

@@ -33,7 +33,9 @@ def beside(
     finally:
         if watching:
             watching.stop()
-        again = "HPCML_RANK" in environment and "SUBMITIT_LOCAL_GLOBALID" not in environment  # a function's caller doesn't
+        again = (
+            "HPCML_RANK" in environment and "SUBMITIT_LOCAL_GLOBALID" not in environment
+        )  # a function's caller doesn't
         follow.finish(delivery, HURRIED_S if hurry.is_set() or again else DELIVERY_S)
 
 

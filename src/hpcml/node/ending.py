@@ -66,6 +66,14 @@ def records_of(run: RunDir, rank: int, restart: int) -> list[dict[str, Any]]:
     return found
 
 
+def superseded(run: RunDir, restart: int) -> bool:
+    """Whether the run goes on in a later execution: after a node failure the first one may still be alive.
+
+    Each execution has files of its own in the journal, so the newest shows.
+    """
+    return any(place["restart"] > restart for _, place in reader.event_files(run.events))
+
+
 def last_words(log: Path, code: int) -> str:
     """Return why a rank's work ended with a code other than 0: the signal, its last exception, or its last line."""
     with log.open("rb") as file:

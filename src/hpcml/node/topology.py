@@ -120,7 +120,8 @@ def addresses(
 def first_port(topology: Topology, environment: Mapping[str, str]) -> int:
     """Return rank 0's port; rank r has this plus r.
 
-    ``HPCML_PORT`` wins, else it follows from the cluster's name and the job and step ids: two clusters may share a host.
+    ``HPCML_PORT`` wins, else it follows from the cluster's name, the job and step ids and how often the job was begun:
+    two clusters may share a host, and after a node failure the first execution may still hold its ports.
 
     Raises:
         HpcmlError: ``HPCML_PORT`` is no port that leaves room for all ranks.
@@ -135,8 +136,10 @@ def first_port(topology: Topology, environment: Mapping[str, str]) -> int:
     step = step if step < 2**31 else 0
     each = max(PORTS_PER_JOB, topology.world)
     blocks = max(1, (LAST_PORT - FIRST_PORT + 1) // each)
-    # 29 and the number of blocks (70) share no factor: steps of one job and neighbouring jobs stay apart.
-    return FIRST_PORT + (job + 29 * step) % blocks * each
+    # 29 and 13 share no factor with the number of blocks (70): steps and restarts of one job and neighbouring jobs stay
+    # apart.
+    restart = int(environment.get("SLURM_RESTART_COUNT", "0") or 0)
+    return FIRST_PORT + (job + 29 * step + 13 * restart) % blocks * each
 
 
 def _starter_number(environment: Mapping[str, str]) -> int:

@@ -25,6 +25,7 @@ from ..rundir import RunDir
 from ..tracking import provenance
 from . import batch, bootstrap, ending
 from .beside import beside
+from .watchdog import Watchdog
 
 # After TERM the work has this long before KILL; Slurm's own KillWait is 30 s by default.
 GRACE_S = 20
@@ -62,12 +63,14 @@ def run_rank(run: RunDir, plan: Plan) -> int:
         _say(log, rank, f"hpcml: {ready.describe()}")
         if rank == 0:
             provenance.complete(run, run.code if run.code.is_dir() else Path(plan.project))
+        world = ready.topology.world
+        dog = Watchdog(run, rank, world, restart, plan.stall_s, lambda text: _keep(log, text.encode()))
         with beside(run, ready, environment, restart) as hurry:
-            worked, ended = _child(run, plan, {**environment, **ready.variables}, log, rank)
-            code, reason = ending.judged(run, plan, rank, restart, worked)
-            if code and not worked:
+            worked, ended = _child(run, plan, {**environment, **ready.variables}, log, rank, dog)
+            code, reason, ended = dog.verdict(*ending.judged(run, plan, rank, restart, worked), ended)
+            if code and (dog.reason or not worked):
                 _say(log, rank, f"hpcml: {reason}")
-            if code and ready.topology.world > 1:
+            if code and world > 1:
                 hurry.set()  # the others may wait for this rank in a collective until it has ended
             elif plan.profile and rank == 0:
                 _split_profile(run)
@@ -81,11 +84,13 @@ def run_rank(run: RunDir, plan: Plan) -> int:
     replicas = next((r.get("in_sync") for r in reversed(told) if r["kind"] == "replicas"), None)
     lost = sum(r["count"] for r in told if r["kind"] == "lost" and isinstance(r.get("count"), int))
     marker = {"rank": rank, "exit_code": code, "reason": reason, "replicas_in_sync": replicas, "lost": lost}
-    rundir.write_json(run.status_of(rank), {**marker, "started": started, "ended": ended, "restart": restart})
+    if not ending.superseded(run, restart):
+        rundir.write_json(run.status_of(rank), {**marker, "started": started, "ended": ended, "restart": restart})
     if code and ending.lost_its_peer(reason):
         _wait_for_the_cause(run, restart)
     cleared_away = code == 143 and rundir.read_json(run.stop).get("restart") == restart
-    if code and rank and not cleared_away and code != STOPPED:
+    stalled = rundir.read_json(run.stalled).get("restart") == restart  # all have the same to say
+    if code and rank and not cleared_away and not stalled and code != STOPPED:
         print(f"hpcml: rank {rank} failed: {reason}\n  its log: {run.log(rank)}", file=sys.stderr, flush=True)
     return code
 
@@ -123,20 +128,24 @@ def _wait_for_the_cause(run: RunDir, restart: int) -> None:
         time.sleep(_POLL_S)
 
 
-def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes], rank: int) -> tuple[int, float]:
+def _child(
+    run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes], rank: int, dog: Watchdog
+) -> tuple[int, float]:
     """Run the work; return its exit code and when its process ended, which others that it left behind may outlive."""
     words, folder = command_of(run, plan, rank, int(environment["HPCML_RESTART"]))
     try:
         child = subprocess.Popen(
-            words, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            words, cwd=folder, env={**environment, **dog.prepare()}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
+        dog.end()
         raise HpcmlError(
             f"{words[0]} can't be started: {error.strerror}", fix="check the job's command and [env]"
         ) from None
     _forward(run, child, int(environment["HPCML_RESTART"]), plan.slurm.max_requeues)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+    dog.begin(lambda number: _kill_group(child, number))
     ended: list[float] = []
     try:
         for chunk in _output(run, child, ended):
@@ -147,6 +156,7 @@ def _child(run: RunDir, plan: Plan, environment: dict[str, str], log: IO[bytes],
         while _saves(run, child):
             time.sleep(_POLL_S)
     finally:
+        dog.end()
         _kill_group(child, signal.SIGKILL)  # what the work left behind ends with it, as under Slurm
     return code if code >= 0 else 128 - code, ended[0] if ended else time.time()
 

@@ -9,6 +9,8 @@ from typing import Any
 import zmq
 from ipykernel.kernelapp import IPKernelApp
 
+from ..tracking import heartbeat
+
 
 class KernelApp(IPKernelApp):  # type: ignore[misc]
     """The kernel's process."""
@@ -20,4 +22,5 @@ class KernelApp(IPKernelApp):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
+    heartbeat.begin()  # before a cell does: one that never comes to begin() can be looked into too
     KernelApp.launch_instance()

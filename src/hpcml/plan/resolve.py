@@ -69,6 +69,7 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
         notes=tuple(notes),
         origins=origins,
         profile=job.profile,
+        stall_s=job.stall_s,
         tuning=tuning,
     )
 

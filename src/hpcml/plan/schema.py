@@ -35,6 +35,7 @@ class Plan:
         notes: what a person should be told once, such as a capped value.
         profile: first and last training step to profile, counted from 1; None for no profile.
         tuning: settings for speed; what is None there is left to its default.
+        stall_s: seconds without a training step after which a run of several ranks is ended; 0 for never.
         origins: for each dotted key, where its value came from.
     """
 
@@ -65,6 +66,7 @@ class Plan:
     origins: Mapping[str, str] = field(default_factory=dict)
     profile: tuple[int, int] | None = None
     tuning: Tuning = field(default_factory=Tuning)
+    stall_s: int = 0
 
     @property
     def tasks(self) -> int:
@@ -106,4 +108,5 @@ def from_json(data: Mapping[str, Any]) -> Plan:
         tuple(data["profile"]) if data.get("profile") else None
     )  # plans of before profiles have no such key
     values["tuning"] = Tuning(**(data.get("tuning") or {}))
+    values.setdefault("stall_s", 0)
     return Plan(**{f.name: values[f.name] for f in dataclasses.fields(Plan)})
