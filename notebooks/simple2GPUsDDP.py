@@ -65,10 +65,19 @@ def images_first(x):
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
+# What `hpcml tune` searches over, with the values that hold while the job has no [tuning]: processes that only make batches
+# ready, and how many batches each is ahead. 0 is best here, where the images lie in memory already.
+tuned = run.tuned(data_threads=0, prefetch=2)
+workers = {"num_workers": tuned["data_threads"]}
+if tuned["data_threads"]:
+    workers |= {"prefetch_factor": tuned["prefetch"], "persistent_workers": True}
+
 # A remainder would be a smaller batch, with noisier gradients; other images are left out each time.
 train_set = torch.utils.data.TensorDataset(images_first(x_train), torch.from_numpy(y_train))
 sampler = torch.utils.data.DistributedSampler(train_set, seed=seed, drop_last=True)
-train = torch.utils.data.DataLoader(train_set, batch_size=global_batch // world, sampler=sampler, drop_last=True)
+train = torch.utils.data.DataLoader(
+    train_set, batch_size=global_batch // world, sampler=sampler, drop_last=True, **workers
+)
 # Every test image counts once: a DistributedSampler would repeat some, to give each process equally many.
 test_set = torch.utils.data.TensorDataset(images_first(x_test[rank::world]), torch.from_numpy(y_test[rank::world]))
 test = torch.utils.data.DataLoader(test_set, batch_size=global_batch)

@@ -67,10 +67,19 @@ def images_first(x):
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
+# What `hpcml tune` searches over, with the values that hold while the job has no [tuning]: processes that only make batches
+# ready, and how many batches each is ahead. 0 is best here, where the images lie in memory already.
+tuned = run.tuned(data_threads=0, prefetch=2)
+workers = {"num_workers": tuned["data_threads"]}
+if tuned["data_threads"]:
+    workers |= {"prefetch_factor": tuned["prefetch"], "persistent_workers": True}
+
 # A remainder would be a smaller batch, with noisier gradients; other images are left out each time.
 train_set = torch.utils.data.TensorDataset(images_first(x_train), torch.from_numpy(y_train))
 sampler = torch.utils.data.DistributedSampler(train_set, seed=seed, drop_last=True)
-train = torch.utils.data.DataLoader(train_set, batch_size=global_batch // world, sampler=sampler, drop_last=True)
+train = torch.utils.data.DataLoader(
+    train_set, batch_size=global_batch // world, sampler=sampler, drop_last=True, **workers
+)
 # Every test image counts once. Each process takes its part of every batch, so that all have equally many batches: see
 # "What is different".
 x, y = images_first(x_test), torch.from_numpy(y_test)
@@ -123,7 +132,8 @@ print(f"{sum(w.size for w in weights):,} weights, {hpcml.data.fingerprint(weight
 #   holds 56 GB. A model that fits is faster with DistributedDataParallel.
 # - **Every process must call the model equally often**, evaluation included: each call gathers from all.
 # - **What reads whole weights must ask for them**, on all processes: `parameter.full_tensor()`. For checkpoints there is
-#   `torch.distributed.checkpoint`, which saves the parts; `run.epochs(…, keep=…)`, as in `simple2GPUsDDP`, refuses them.
+#   `torch.distributed.checkpoint`, which saves the parts and can deal them out to another number of processes. `run.epochs`
+#   uses it for what `keep` names.
 
 # %%
 from torch.distributed.fsdp import fully_shard
@@ -145,7 +155,8 @@ print(f"put together again: {hpcml.data.fingerprint(weights)}; the parts of rank
 #
 # `run.epochs` and `run.steps` only count and keep times, but they end the run if the processes do not train together:
 # every weight must be cut into parts that lie on all of them, or be the same, bit for bit, after the first step and the
-# tenth. Asked to stop, all leave after the same step.
+# tenth. With `keep` the training survives: asked to stop, all leave after the same step and save, and the run goes on from
+# there when it is requeued or resumed.
 
 
 # %%
@@ -173,7 +184,7 @@ def evaluate():
     return means(sums)
 
 
-for epoch in run.epochs(epochs, model, global_batch=global_batch):
+for epoch in run.epochs(epochs, model, global_batch=global_batch, keep=[optimizer]):
     sampler.set_epoch(epoch)  # another order in each epoch, the same in every process
     model.train()
     sums = torch.zeros(3, device=run.device)

@@ -72,8 +72,9 @@ script = "train.py"
 name = "train"
 strategy = "ddp"
 [resources]
-gpus_per_node = 2
-tasks_per_node = 2
+nodes = {nodes}
+gpus_per_node = {tasks}
+tasks_per_node = {tasks}
 cpus_per_task = 1
 time = "{time}"
 [slurm]
@@ -101,9 +102,11 @@ def submitted(
     time: str = "00:10:00",
     pace: float = 0,
     slow: float = 0.5,
+    nodes: int = 1,
 ) -> RunDir:
     """Queue the training; at a pace of 0.12 s a step an epoch is long enough to be saved at its end."""
-    (project / "job.toml").write_text(JOB.format(holds=holds, requeues=requeues, time=time, pace=pace, slow=slow))
+    given = {"holds": holds, "requeues": requeues, "time": time, "pace": pace, "slow": slow}
+    (project / "job.toml").write_text(JOB.format(**given, nodes=nodes, tasks=2 // nodes))
     done = call(cluster, project, *HPCML, "submit", "job.toml", "--json")
     assert done.returncode == 0, done.stderr
     path = Path(json.loads(done.stdout)["path"])

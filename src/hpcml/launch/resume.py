@@ -30,7 +30,7 @@ def ready(run: RunDir) -> Plan:
             f"run {run.id} has completed: there is nothing to go on with", fix="hpcml submit starts it anew"
         )
     if rundir.kept_at(run)[0] < 0:
-        fix = "keep=[optimizer] in run.epochs() makes a training keep them; hpcml submit starts it anew"
+        fix = "keep=[optimizer] in run.epochs(), or keep=True in run.callbacks(), makes a training keep them"
         raise HpcmlError(f"run {run.id} kept no checkpoint", origin=str(run.checkpoints), fix=fix)
     return from_json(data)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import HpcmlError
 from ..tracking.journal import Journal
 
 _HEADLINES = ("val_accuracy", "accuracy", "val_loss", "loss")
@@ -31,6 +32,22 @@ class Expected:
     def devices(self) -> int:
         """Devices of this task, at least the CPU."""
         return max(1, self.virtual_devices if self.virtual else self.gpus_per_task)
+
+
+def expected(strategy: str | None, world: int, gpus: int, virtual: int) -> Expected:
+    """Return what a task was given.
+
+    Args:
+        world: tasks of the job.
+        gpus: of this task; 0 is a rehearsal.
+        virtual: logical CPU devices that stand in for them.
+
+    Raises:
+        HpcmlError: there is no strategy.
+    """
+    if strategy is None:
+        raise HpcmlError("the run was begun without a strategy", fix='hpcml.begin(strategy="original")')
+    return Expected(strategy, world, gpus, virtual=not gpus, virtual_devices=max(1, virtual))
 
 
 def tell_epoch(journal: Journal, epoch: int, epochs: int, values: Mapping[str, Any]) -> None:

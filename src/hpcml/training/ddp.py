@@ -207,18 +207,28 @@ def check_loader(loader: Any, global_batch: int, world: int) -> str:
 
 
 class Stop:
-    """Whether a run is asked to stop, agreed by all ranks on the same step."""
+    """Whether a run is asked to stop, agreed by all ranks on the same step.
+
+    Attributes:
+        agreed: whether all have agreed to stop.
+        granted: whether at this very step all do what rank 0 wished; see ``asked``.
+    """
 
     def __init__(self, path: Path, restart: int = 0, period_s: float = STOP_PERIOD_S, gather: Gather = gather) -> None:
         """Args: path: the run's stop file, which counts for this restart only. period_s: how often to look, about."""
         self._path, self._restart, self._period_s, self._gather = path, restart, period_s, gather
         self._step, self._last, self._next = 0, 0, 1
         self._since = time.perf_counter()
-        self.agreed = False
+        self.agreed = self.granted = False
 
-    def asked(self) -> bool:
-        """Call once a step on all ranks; True on all from the same call on. At most every ``period_s`` it is a collective."""
-        self._step += 1
+    def asked(self, wish: bool = False) -> bool:
+        """Call once a step on all ranks; True on all from the same call on. At most every ``period_s`` it is a collective.
+
+        Args:
+            wish: of rank 0, for something that all ranks must do at the same step, such as saving: ``granted`` says on
+                all of them whether this is the step.
+        """
+        self._step, self.granted = self._step + 1, False
         if self.agreed or self._step < self._next:
             return self.agreed
         now = time.perf_counter()
@@ -226,8 +236,9 @@ class Stop:
         # At most twice as many as the last time: the first steps say little about the others.
         every = max(1, min(2 * steps, int(self._period_s * steps / max(now - self._since, 1e-9))))
         here = rundir.read_json(self._path).get("restart") == self._restart
-        told = self._gather([int(here), every])
-        self.agreed, every = any(stop for stop, _ in told), min(steps for _, steps in told)
+        told = self._gather([int(here), every, int(wish)])
+        self.agreed, every = any(stop for stop, _, _ in told), min(steps for _, steps, _ in told)
+        self.granted = bool(told[0][2])
         self._last, self._next, self._since = self._step, self._step + every, now
         return self.agreed
 

@@ -31,7 +31,7 @@ class ComparedRecorder(Recorder):
         self._step = self._before = self._compared_at = 0
         self._compared_s = 0.0
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def _check(self) -> None:
         if not any(one.__module__.startswith("tf_keras.") for one in type(self.model).__mro__):
             fix = "build the model with tf.keras as it is after hpcml.begin()"
             raise HpcmlError(horovod.NOT_AVERAGED, origin=f"a model of {type(self.model).__module__}", fix=fix)

@@ -6,12 +6,16 @@ TensorFlow is imported inside the functions.
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..tracking.journal import Journal
+from .beats import steps_a_call
 from .common import Expected, tell_epoch
 from .profile import ProfiledSteps
 from .tensorflow import advice, check_replicas, expected_replicas, wait_for
+
+if TYPE_CHECKING:
+    from . import keras_checkpoint
 
 
 class Recorder:
@@ -32,8 +36,10 @@ class Recorder:
         began: float,
         rank: int,
         profile: ProfiledSteps | None = None,
+        kept: "keras_checkpoint.Kept | None" = None,
     ) -> None:
         super().__init__()
+        self._kept = kept
         self._journal = journal
         self._expected = expected
         self._global_batch = global_batch
@@ -49,6 +55,11 @@ class Recorder:
         self._unwatched: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
+        self._check()
+        if self._kept is not None:
+            self._kept.begin(self.model)
+
+    def _check(self) -> None:
         strategy = self.model.distribute_strategy
         in_sync = strategy.num_replicas_in_sync
         self._journal.write(
@@ -67,6 +78,8 @@ class Recorder:
                 print(f"hpcml: {text}", flush=True)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if self._kept is not None:
+            self._kept.begin_epoch(self.model, epoch)
         self._trained_s = None
         self._steps_before = self._iterations()
         self._epoch_began = time.perf_counter()
@@ -87,6 +100,10 @@ class Recorder:
             self._record(epoch + 1, {} if logs is None else logs)
         except Exception as error:  # what can't be recorded must not end the training
             self._warn(error)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if self._kept is not None:
+            self._kept.end()
 
     def _record(self, epoch: int, logs: dict[str, Any]) -> None:
         import numpy as np
@@ -133,7 +150,7 @@ class Recorder:
         """Wrap the training step for the epoch of the profile; in all others it stays as it is, and costs nothing."""
         self._unwatch()  # of an epoch that was interrupted
         train = self.model.train_function
-        if not profile.begin_epoch(self.params.get("steps") or None, epochs, _steps_a_call(self.model)):
+        if not profile.begin_epoch(self.params.get("steps") or None, epochs, steps_a_call(self.model)):
             return
 
         def watched(iterator: Any) -> Any:
@@ -178,12 +195,6 @@ def _learning_rate(optimizer: Any) -> float:
     rate = optimizer.learning_rate
     rate = rate(optimizer.iterations) if callable(rate) else rate  # a schedule, in tf.keras.optimizers.legacy
     return float(rate.numpy() if hasattr(rate, "numpy") else rate)
-
-
-def _steps_a_call(model: Any) -> int:
-    """Steps that one call of ``train_function`` trains: compile's steps_per_execution; Keras 2 keeps a variable."""
-    kept: Any = getattr(model, "_steps_per_execution", None) or getattr(model, "steps_per_execution", None)
-    return int(kept.numpy() if hasattr(kept, "numpy") else kept or 1)
 
 
 def _readable(speed: float) -> float:

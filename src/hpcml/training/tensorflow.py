@@ -11,12 +11,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import HpcmlError
 from ..tracking.journal import Journal
 from .common import Expected
 from .profile import ProfiledSteps, Profiler, only_clock
+
+if TYPE_CHECKING:
+    from . import keras_checkpoint
 
 _CALLS = {
     "original": "no strategy",
@@ -64,6 +67,8 @@ def configure(expected: Expected, *, precision: str, seed: int | None = None) ->
             raise _gpus_differ(len(seen), expected.gpus_per_task, tf.test.is_built_with_cuda())
         names = [f"GPU:{index}" for index in range(len(seen))]
     tf.keras.mixed_precision.set_global_policy(precision)
+    if enable := getattr(getattr(tf.keras.backend, "experimental", None), "enable_tf_random_generator", None):
+        enable()  # Keras 2's random layers then draw from a generator whose state a checkpoint can keep
     if seed is not None:
         tf.keras.utils.set_random_seed(seed)
     return names
@@ -162,6 +167,7 @@ def callbacks(
     rank: int,
     profile: tuple[int, int] | None = None,
     folder: Path | None = None,
+    keeper: "keras_checkpoint.Keeper | None" = None,
 ) -> list[Any]:
     """Return the Keras callbacks that check the replicas and keep the numbers of a ``model.fit``.
 
@@ -177,23 +183,27 @@ def callbacks(
         rank: of this task; rank 0 speaks for all.
         profile: first and last step to profile on rank 0, from 1 over the whole training; moved where it lies outside.
         folder: for the profile, a TensorBoard log folder; without it there is none.
+        keeper: of checkpoints; without it a training that is stopped ends with what it has.
     """
     import tensorflow as tf
 
+    from . import beats, keras_checkpoint
     from .recorder import Recorder
 
-    kind = Recorder
+    kind, gather = Recorder, keras_checkpoint.gather_of
     if expected.strategy == "horovod":
-        from .horovod_keras import ComparedRecorder
+        from . import horovod_keras
 
-        kind = ComparedRecorder
+        kind, gather = horovod_keras.ComparedRecorder, lambda strategy: horovod_keras.gather
     base = tf.keras.callbacks.Callback  # Keras 2 and 3 each want their own, known only now
     legacy = base.__module__.startswith("tf_keras.")
     window = None
     if profile is not None and folder is not None:
         tool = profiler(folder, marks=not legacy) if rank == 0 else only_clock(wait_for)
         window = ProfiledSteps(journal, profile, tool, rank=rank, virtual=expected.virtual)
-    return [type("Recorder", (kind, base), {"legacy": legacy})(journal, expected, global_batch, began, rank, window)]
+    recorder = type("Recorder", (kind, base), {"legacy": legacy})
+    kept = keras_checkpoint.Kept(keeper, gather) if keeper is not None else None
+    return [*beats.callbacks(base), recorder(journal, expected, global_batch, began, rank, window, kept)]
 
 
 def profiler(folder: Path, *, marks: bool) -> Profiler:

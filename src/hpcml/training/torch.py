@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..errors import HpcmlError, Stopped
+from ..tracking import heartbeat
 from ..tracking.journal import Journal
 from .checkpoint import Place
 from .common import Expected, length, tell_epoch
@@ -161,12 +162,13 @@ class Training:
 
     def epochs(self) -> Iterator[int]:
         """Yield the epochs' numbers, from 1; fewer where all ranks agreed to stop, or a checkpoint has some of them."""
-        if self._keeper is None:
-            yield from self._epochs_to_come()
-            return
-        self._resume(self._keeper)
-        with self._keeper.heeding():
-            yield from self._epochs_to_come()
+        with heartbeat.training():
+            if self._keeper is None:
+                yield from self._epochs_to_come()
+                return
+            self._resume(self._keeper)
+            with self._keeper.heeding():
+                yield from self._epochs_to_come()
 
     def _epochs_to_come(self) -> Iterator[int]:
         for epoch in range(self._resumed.epoch + 1, self._epochs + 1):
@@ -188,11 +190,20 @@ class Training:
         if self._step:
             self._compare()  # what each rank has loaded
             if self._rank == 0:
-                self._say("info", f"goes on from {self._resumed}")
+                self._say("info", f"goes on from {self._resumed}{keeper.otherwise}")
+
+    def _save(self, keeper: "torch_checkpoint.Keeper", done: int) -> float:
+        """Save within an epoch, all ranks together; returns the seconds that it took."""
+        self._synchronize()
+        heartbeat.pause()
+        began = time.perf_counter()
+        keeper.save(Place(self._step, self._epoch - 1, done))
+        return time.perf_counter() - began
 
     def _stop(self, keeper: "torch_checkpoint.Keeper", done: int) -> NoReturn:
         """Save and leave the work, all ranks together; what comes after the loop is for a training that has ended."""
         place = Place(self._step, self._epoch - 1, done)
+        heartbeat.pause()
         kept = f"a checkpoint is kept at {place}" if keeper.save(place) else "the checkpoint before is kept"
         text = f"stopped by {self.stop.signal} after step {self._step}; {kept}"
         self._say("info", text)
@@ -208,6 +219,7 @@ class Training:
             self._check_loaders(loader)
         self._synchronize()
         skipped = self._resumed.batch if self._epoch == self._resumed.epoch + 1 else 0
+        last = length(loader)
         if self._keeper is not None:
             loader = self._keeper.batches(loader, skipped)
         began, compared_s, inside_s, done = time.perf_counter(), 0.0, 0.0, 0
@@ -216,12 +228,14 @@ class Training:
             for batch in loader if watched is None else watched:
                 yield batch
                 self._step, done = self._step + 1, done + 1
+                heartbeat.step(self._step)
                 if watched is not None:
                     watched.ended()
                 if self._step - self._resumed.step in CHECKED_STEPS:
                     compared_s += (took_s := self._compare())
                     inside_s += took_s if watched is not None and watched.running else 0.0
-                if self.stop.asked():
+                due = self._keeper is not None and skipped + done != last and self._keeper.due()
+                if self.stop.asked(due):
                     if self._keeper is not None:
                         self._stop(self._keeper, skipped + done)
                     if self._rank == 0:
@@ -229,8 +243,12 @@ class Training:
                             "info", f"stopped after step {self._step}, in epoch {self._epoch}: {self.stop.signal}"
                         )
                     break
+                if self.stop.granted and self._keeper is not None:
+                    compared_s += (took_s := self._save(self._keeper, skipped + done))
+                    inside_s += took_s if watched is not None and watched.running else 0.0
             self._synchronize()
         finally:  # a loop that is left by break has had these steps too; epochs() records them
+            heartbeat.pause()
             left_out, left_out_s = watched.end_epoch() if watched is not None else (0, 0.0)
             trained_s = time.perf_counter() - began - compared_s
             self._trained = done, trained_s, left_out, left_out_s - inside_s

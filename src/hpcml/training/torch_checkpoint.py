@@ -1,13 +1,16 @@
 """Checkpoints of a torch training: weights, what else has a state, and where each rank's random numbers are.
 
-Rank 0 writes what all ranks have alike, each rank its own random numbers. torch is imported inside the functions.
+Rank 0 writes what all ranks have alike, each rank its own random numbers, and its parts of a model that ``fully_shard``
+has shared out; see ``fsdp``. torch is imported inside the functions.
 """
 
 import contextlib
+import functools
+import operator
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +22,21 @@ from .ddp import Ranks
 if TYPE_CHECKING:
     import torch
 
-# Between two epochs a checkpoint is saved when saving has cost less than this share of the time since the last one; an
-# epoch of a minute is always saved, one of a tenth of a second is not.
+# A checkpoint is saved, within an epoch or after it, when saving has cost less than this share of the time since the last
+# one: what takes 0.1 s every 10 s, what takes 6 s every 10 minutes.
 COST = 0.01
-_FIRST_COST_S = 0.02  # before one was measured
+# Before one was measured: so much, and with each parameter two moments, written and read back at so many bytes a second.
+_FIRST_COST_S, _FIRST_BYTES_A_S = 0.02, 2e9
+_FAILED_COST_S = 0.6
 _COMMON, _OWN = "model.pt", "rank-{}.pt"
 
 
 class Keeper:
-    """What a training loop keeps, and when."""
+    """What a training loop keeps, and when.
+
+    Attributes:
+        otherwise: after ``resume``, what of the training before does not hold here, for a person; mostly nothing.
+    """
 
     def __init__(
         self,
@@ -46,9 +55,12 @@ class Keeper:
         """
         self._store, self._ranks, self._rank, self._place = store, ranks, rank, place
         self._model, self._others = plain(model), tuple(others)
+        self._shared = fsdp.is_shared(self._model)  # its optimizers' moments are then in parts too
+        self._own_buffers = not _broadcasts(model)
         self.heeding = heeding if watched else contextlib.nullcontext
-        self._saved_at, self._cost_s = time.perf_counter(), _FIRST_COST_S
+        self._saved_at, self._cost_s = time.perf_counter(), _FIRST_COST_S + 3 * _held(self._model) / _FIRST_BYTES_A_S
         self._order: Mapping[str, Any] = {}  # random numbers as the epoch's loader was asked for its first batch
+        self.otherwise = ""
 
     def resume(self) -> Place:
         """Load the newest whole checkpoint into model and others, on all ranks the same; the beginning where none is."""
@@ -62,14 +74,44 @@ class Keeper:
         self._saved_at = time.perf_counter()
         if not place.step:
             return place
-        folder = self._store.of(place)
-        common, own = _load(folder / _COMMON), _load(folder / _OWN.format(self._rank))
-        self._model.load_state_dict(common["model"])
-        for other, state in zip(self._others, common["others"], strict=True):
-            other.load_state_dict(state)
+        self._load(self._store.of(place), len(told))
+        return place
+
+    def _load(self, folder: Path, world: int) -> None:
+        state = _load(folder / _COMMON)
+        if self._shared:
+            state = fsdp.load(folder, state, self._like())
+        self._model.load_state_dict(state["model"])
+        for other, one in zip(self._others, state["others"], strict=True):
+            other.load_state_dict(one)
+        before = len(list(folder.glob(_OWN.format("*"))))
+        if before != world:
+            self.otherwise = (
+                f", saved by {before} rank{'s' * (before > 1)} and loaded by {world}: the same weights, optimizer and place; "
+                "random numbers and the sums of a batch may differ"
+            )
+        file = folder / _OWN.format(self._rank)
+        # A rank that was not there before draws the numbers that its work has seeded.
+        own = _load(file) if file.exists() else {"now": (now := _random(self._place)), "order": now, "buffers": {}}
+        _set_buffers(self._model, own["buffers"])
         self._order = own["order"]
         _set_random(own["now"], self._place)
-        return place
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self._model.state_dict(), "others": [other.state_dict() for other in self._others]}
+
+    def _like(self) -> Callable[..., "torch.Tensor"]:
+        """What parts are loaded into: the weights themselves, and moments that the optimizers have not made yet."""
+        import torch
+
+        now = self._state()
+
+        def like(keys: Sequence[Any], kind: torch.dtype) -> Any:
+            if keys[0] == "others" and isinstance(other := self._others[keys[1]], torch.optim.Optimizer):
+                return fsdp.like_moments(other, keys[2:], kind)
+            return functools.reduce(operator.getitem, keys, now)
+
+        return like
 
     def batches(self, loader: Any, done: int) -> Any:
         """Return a loader as it was: without its first ``done`` batches, and random numbers after them as they were."""
@@ -87,16 +129,26 @@ class Keeper:
         _set_random(now, self._place)
         yield from batches
 
+    def due(self) -> bool:
+        """Whether to save, as far as this rank knows: it has cost less than a share of the time since the last one."""
+        return self._cost_s <= COST * (time.perf_counter() - self._saved_at)
+
     def end_epoch(self, place: Place) -> None:
         """Save between two epochs where that is due; a collective."""
-        since = time.perf_counter() - self._saved_at
-        ((due, *_), *_) = self._ranks.gather([int(self._cost_s <= COST * since)])
+        ((due, *_), *_) = self._ranks.gather([int(self.due())])
         if due:
             self.save(place)
 
     def save(self, place: Place) -> bool:
         """Save now, all ranks together; returns whether it is kept."""
         began = time.perf_counter()
+        kept = self._save(place)
+        self._saved_at = time.perf_counter()
+        # Where there is no room, it is tried and told again after 1 minute, 2, 4 …
+        self._cost_s = self._saved_at - began if kept else max(_FAILED_COST_S, 2 * self._cost_s)
+        return kept
+
+    def _save(self, place: Place) -> bool:
         made = self._store.begin(place) if self._rank == 0 else self._store.aside(place)
         if not self._all(made is not None) or made is None:
             return False
@@ -107,10 +159,7 @@ class Keeper:
                 kept = self._store.seal(place)
             else:
                 self._store.discard(place, reason or "another rank could not write its part")
-        kept = self._all(kept)
-        self._saved_at = time.perf_counter()
-        self._cost_s = self._saved_at - began
-        return kept
+        return self._all(kept)
 
     def _all(self, well: bool) -> bool:
         return all(one for (one,) in self._ranks.gather([int(well)]))
@@ -119,11 +168,18 @@ class Keeper:
         """Write this rank's part; returns what went wrong."""
         import torch
 
+        own: dict[str, Any] = {"now": _random(self._place), "order": dict(self._order)}
+        own["buffers"] = _buffers(self._model) if self._own_buffers else {}
         try:
+            if self._shared:  # first: it is a collective, which fails on all ranks or none
+                for other in self._others:
+                    if isinstance(other, torch.optim.Optimizer):
+                        fsdp.check_moments(other)
+                state = fsdp.save(folder, self._state())
+            elif self._rank == 0:
+                state = self._state()
             if self._rank == 0:
-                common = {"model": self._model.state_dict(), "others": [other.state_dict() for other in self._others]}
-                torch.save(common, folder / _COMMON)
-            own = {"now": _random(self._place), "order": dict(self._order)}
+                torch.save(state, folder / _COMMON)
             torch.save(own, folder / _OWN.format(self._rank))
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             return why(error)
@@ -141,7 +197,7 @@ def check(model: "torch.nn.Module", others: Sequence[Any]) -> None:
     """Refuse what can't be kept.
 
     Raises:
-        HpcmlError: something without a state, or a model that is shared out.
+        HpcmlError: something without a state.
     """
     for other in others:
         if not (callable(getattr(other, "state_dict", None)) and callable(getattr(other, "load_state_dict", None))):
@@ -150,11 +206,6 @@ def check(model: "torch.nn.Module", others: Sequence[Any]) -> None:
                 origin="run.epochs(keep=…)",
                 allowed="optimizers, schedulers, gradient scalers, modules",
             )
-    if any(map(fsdp.is_part, model.parameters())):
-        fix = "save it by torch.distributed.checkpoint, and leave keep= out"
-        raise HpcmlError(
-            "a model that fully_shard has shared out can't be kept yet", origin="run.epochs(keep=…)", fix=fix
-        )
 
 
 def looks(model: "torch.nn.Module", others: Sequence[Any]) -> str:
@@ -162,7 +213,36 @@ def looks(model: "torch.nn.Module", others: Sequence[Any]) -> str:
     import hashlib
 
     state = [(name, str(value.dtype), tuple(value.shape)) for name, value in plain(model).state_dict().items()]
-    return hashlib.sha256(repr((state, [type(other).__name__ for other in others])).encode()).hexdigest()[:16]
+    told = [state, [type(other).__name__ for other in others], *(["fully_shard"] if fsdp.is_shared(model) else [])]
+    return hashlib.sha256(repr(tuple(told)).encode()).hexdigest()[:16]
+
+
+def _broadcasts(model: "torch.nn.Module") -> bool:
+    """Whether rank 0's buffers, such as the running means of BatchNorm, are handed to all ranks at every step."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return isinstance(model, DistributedDataParallel) and model.broadcast_buffers
+
+
+def _buffers(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+    """Return what of a model's state is no parameter; under ``fully_shard`` and Horovod each rank has its own."""
+    state = model.state_dict()
+    return {name: one for name, one in model.named_buffers() if name in state and not fsdp.is_part(one)}
+
+
+def _set_buffers(model: "torch.nn.Module", kept: Mapping[str, "torch.Tensor"]) -> None:
+    import torch
+
+    found = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in kept.items():
+            found[name].copy_(value)
+
+
+def _held(model: "torch.nn.Module") -> int:
+    """Bytes of a model's parameters that this rank holds."""
+    parts = (p.to_local() if fsdp.is_part(p) else p for p in model.parameters())
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _load(file: Path) -> Any:
