@@ -1,16 +1,23 @@
 """The statistics of the benchmarks: pairs, intervals, verdicts; and that their two sides are the same work."""
 
-import difflib
+import dataclasses
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from bench import bench_training, pairs, turns
+from bench import bench_resume, bench_strategies, bench_tune, by_hand, clock, interrupted, pairs, turns
+
+from hpcml import job, rundir
+from hpcml.rundir import RunDir
+from hpcml.tune import space
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
@@ -165,29 +172,216 @@ def test_a_program_that_fails_is_told_with_its_words_and_the_other_ended(tmp_pat
     assert waits.child.poll() is not None
 
 
-def test_both_sides_of_training_are_the_same_script_but_for_hpcml() -> None:
-    notebook = bench_training.NOTEBOOK.read_text(encoding="utf-8")
-    ours, bare = (bench_training.script(notebook, bare=bare) for bare in (False, True))
-    for name, text in (("ours", ours), ("bare", bare)):
-        compile(text, name, "exec")
-        assert "class Clock" in text and "Result" not in text
-    lines = difflib.unified_diff(ours.splitlines(), bare.splitlines(), lineterm="", n=0)
-    changed = [line for line in lines if line[0] in "+-" and not line.startswith(("+++", "---"))]
-    removed = [line[1:].strip() for line in changed if line[0] == "-"]
-    assert [line[1:].strip() for line in changed if line[0] == "+"] == [
-        next(line for line in removed if "run.tuned(" in line).replace("run.tuned(", "dict("),
-        next(line for line in removed if "Clock()" in line).replace("*run.callbacks(global_batch=global_batch), ", ""),
+def test_a_program_that_ends_too_soon_is_told_and_the_other_ended(tmp_path: Path) -> None:
+    endless = COUNTS.format(cpu_s=0.001)
+    short = endless.replace('while not os.path.exists(os.environ["BENCH_STOP"])', "for _ in range(300)")
+    assert short != endless
+    ends, goes_on = (
+        turns.Program(name, [sys.executable, "-c", text], pairs.environment(), tmp_path)
+        for name, text in (("ends", short), ("goes_on", endless))
+    )
+    with pytest.raises(RuntimeError, match="exit status 0"):
+        turns.race([ends, goes_on], 600.0)
+    assert goes_on.child.poll() is not None
+
+
+RANKS = """
+import os, time
+rank = os.fork()
+name = os.environ["BENCH_SPANS"] + ("" if rank else ".1")
+with open(name, "w", buffering=1) as spans:
+    while not os.path.exists(os.environ["BENCH_STOP"]):
+        began = time.perf_counter()
+        until = time.process_time() + 0.001
+        while time.process_time() < until:
+            pass
+        spans.write(f"10 {began!r} {time.perf_counter()!r}\\n")
+if rank:
+    raise SystemExit(os.waitpid(rank, 0)[1])
+"""
+
+
+@pytest.mark.parametrize("to_the_end", [True, False])
+def test_all_ranks_of_a_program_run_in_its_turns_only_and_end_with_it(tmp_path: Path, to_the_end: bool) -> None:
+    environment = pairs.environment()
+    both = [
+        turns.Program(name, [sys.executable, "-W", "ignore", "-c", RANKS], environment, tmp_path) for name in ("a", "b")
     ]
-    assert sum("hpcml.begin(" in line for line in removed) == 1 and removed[-1] == "run.finish()"
+    turns.race(both, 0.5, to_the_end=to_the_end)
+    for program in both:
+        for name in (program.spans, Path(f"{program.spans}.1")):
+            spans = [tuple(map(float, line.split()[1:])) for line in name.read_text().splitlines(keepends=True)[:-1]]
+            began, ended = program.turns[0][0], program.turns[-1][1]
+            inside = [span for span in spans if began <= span[0] and span[1] <= ended]
+            assert len(inside) > 10 and all(turns.overlap(program.turns, *span) > 0 for span in inside)
+        holders = [one for one in psutil.process_iter(["environ"]) if (one.info["environ"] or {}).get("BENCH_SPANS")]
+        assert not [one for one in holders if one.info["environ"]["BENCH_SPANS"] == str(program.spans)]
+
+
+def test_ranks_leave_after_the_same_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = tmp_path / "stop"
+    monkeypatch.setenv("BENCH_SPANS", str(tmp_path / "spans"))
+    monkeypatch.setenv("BENCH_STOP", str(stop))
+    names: dict[str, Any] = {}
+    exec(clock.SPANS, names)
+    first, second = (names["Spans"](rank) for rank in (0, 1))
+    assert not first.last() and not second.last()
+    stop.touch()
+    assert not second.last(), "rank 0 has not said anything yet"
+    assert not first.last(), "the other may be past its end of this epoch"
+    assert [first.last(), second.last()] == [True, True]
+    first.file.close()
+    second.file.close()
+
+
+HPCML = re.compile(r"\b(hpcml|run)\b")
+
+
+def of_hpcml(line: str) -> bool:
+    return bool(HPCML.search(line))
+
+
+def code(script: str) -> list[str]:
+    """The lines of a script without their comments."""
+    return [line.partition("#")[0].rstrip() for line in script.splitlines()]
+
+
+@pytest.mark.parametrize("strategy", bench_strategies.ALL, ids=lambda strategy: strategy.name)
+def test_both_sides_are_the_same_script_but_for_hpcml(strategy: bench_strategies.Strategy) -> None:
+    """Whatever has nothing of hpcml is there by hand too, in the same order; what else is there is written down here."""
+    notebook = (by_hand.NOTEBOOKS / f"{strategy.notebook}.py").read_text(encoding="utf-8")
+    ours, bare = (by_hand.script(notebook, bare=bare, devices=2) for bare in (False, True))
+    for name, text in (("ours", ours), ("by hand", bare)):
+        compile(text, name, "exec")
+        assert "class Spans" in text and "Result" not in text
+    assert "hpcml.begin(" in ours and not any(map(of_hpcml, code(bare)))
+    rest = iter(code(bare))
+    own = []  # of the script by hand
+    for line in code(ours):
+        if not of_hpcml(line):
+            while (other := next(rest, None)) != line:
+                assert other is not None, f"{line!r} is not there by hand, or elsewhere"
+                own.append(other.strip())
+    torch = "import torch" in ours
+    prelude = f"{by_hand.LOAD}{by_hand._TORCH if torch else by_hand._DEVICES.format(count=2)}".splitlines()
+    own = [line for line in own if line and line not in map(str.strip, prelude)]
+    wanted = ["load()", "dict("]
+    wanted += (
+        ["range(1, epochs + 1)", "in train:", "device"] if torch else ["range(0, ", "initial_epoch=0", "[Clock()]"]
+    )
+    assert own and not [line for line in own if not any(part in line for part in wanted)]
+    assert all(any(part in line for line in own) for part in wanted)
+
+
+@pytest.mark.parametrize("strategy", bench_strategies.ALL, ids=lambda strategy: strategy.name)
+def test_checkpoints_can_be_left_out(strategy: bench_strategies.Strategy) -> None:
+    notebook = (by_hand.NOTEBOOKS / f"{strategy.notebook}.py").read_text(encoding="utf-8")
+    kept, without = (by_hand.script(notebook, bare=False, keep=keep) for keep in (True, False))
+    compile(without, strategy.name, "exec")
+    changed = [(a, b) for a, b in zip(code(kept), code(without), strict=True) if a != b]
+    assert len(changed) == 1 and "keep=" in changed[0][0] and "keep=" not in changed[0][1]
 
 
 def test_a_changed_notebook_is_noticed() -> None:
-    with pytest.raises(ValueError, match="adapt bench_training"):
-        bench_training.script("epochs = 7\n", bare=True)
+    with pytest.raises(ValueError, match="adapt by_hand"):
+        by_hand.script("epochs = 7\n", bare=True)
+    notebook = (by_hand.NOTEBOOKS / "simple2GPUsDDP.py").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"still has hpcml(.|\n)*run\.device_count"):
+        by_hand.script(notebook.replace("model.train()", "run.device_count(), model.train()", 1), bare=True)
+
+
+def test_a_strategy_is_measured_under_hpcml_and_by_hand(tmp_path: Path) -> None:
+    """Two ranks on either side, by ``hpcml run`` and by torchrun, both to their own end."""
+    pytest.importorskip("torch")
+    strategy = next(one for one in bench_strategies.ALL if one.name == "ddp")
+    by_hand.write_data(tmp_path)
+    effort = bench_strategies.Effort(seconds=0.3, least=1, most=1, to_the_end=True)
+    (pair,) = bench_strategies.measured(strategy, tmp_path, effort, limit_s=0).pairs
+    assert pair.ours > 0 and pair.other > 0
+    (run,) = rundir.every(tmp_path / "runs")
+    assert rundir.read_json(run.status)["replicas_in_sync"] == 2
+
+
+def test_a_strategy_without_its_framework_is_left_out_by_name() -> None:
+    one = bench_strategies.ALL[0]
+    told = bench_strategies.missing(dataclasses.replace(one, needs=("no_such_framework",), fix="install it"))
+    assert one.name in told and "no_such_framework" in told and "install it" in told
+
+
+def trial(trained: int, missing: int = 0, difference: float = 0.0) -> bench_resume.Trial:
+    return bench_resume.Trial("ddp", "USR2", 1, 40, 30, trained, missing, difference)
+
+
+def test_repeated_work_is_what_all_executions_have_trained_beyond_the_uninterrupted_run() -> None:
+    steps = interrupted.EPOCHS * interrupted.STEPS
+    assert trial(steps).repeated == 0 and trial(steps).holds(0)
+    assert trial(steps + interrupted.STEPS).holds(0) and trial(steps + interrupted.STEPS).repeated == 1
+    assert not trial(steps + interrupted.STEPS + 1).holds(0)
+    assert not trial(steps, missing=1).holds(1), "a step that none has trained"
+    assert trial(steps - 1, missing=1).repeated == 0
+    assert not trial(steps, difference=1e-9).holds(0) and trial(steps, difference=1e-6).holds(1e-5)
+
+
+def test_weights_are_the_same_only_where_all_bits_are(tmp_path: Path) -> None:
+    import numpy as np
+
+    def saved(name: str, *weights: Any) -> RunDir:
+        run = RunDir(tmp_path, name)
+        run.path.mkdir()
+        np.savez(run.path / interrupted.WEIGHTS, *weights)
+        return run
+
+    ones, zeros = np.ones((2, 3), "float32"), np.zeros(4, "float32")
+    right = saved("right", ones, zeros).path / interrupted.WEIGHTS
+    assert bench_resume.difference(saved("same", ones, zeros), right) == 0
+    assert bench_resume.difference(saved("off", ones, zeros + 0.5), right) == 0.5
+    assert 0 < bench_resume.difference(saved("negative", ones, -zeros), right) < 1e-300
+    assert bench_resume.difference(saved("fewer", ones), right) == float("inf")
+
+
+def test_an_interrupted_training_is_resumed_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(bench_resume, "PACE_S", 0.1)
+    seed = random.randrange(2**31)
+    print("seed", seed)
+    done = bench_resume.Bench(interrupted.ALL[0], tmp_path).trial("USR2", seed)
+    print(done)
+    assert done.holds(0) and done.repeated == 0 and 0 < done.resumed == done.stopped
+
+
+def test_what_keeps_no_checkpoints_is_left_out_by_name() -> None:
+    pytest.importorskip("torch")
+    case = interrupted.ALL[0]
+    assert not interrupted.missing(case)
+    assert case.name in interrupted.missing(dataclasses.replace(case, keeps="no such call"))
+
+
+def test_the_grid_has_both_ends_of_every_setting() -> None:
+    start = space.Start(
+        cores=8, world=1, gpus=0, replicas=1, steps=15, step_s=0.01,
+        values={"intra_op_threads": 8, "inter_op_threads": 2, "prefetch": -1, "steps_per_execution": 1},
+    )  # fmt: skip
+    axes = space.axes(start, only=bench_tune.SETTINGS)
+    few = [
+        dataclasses.replace(axis, values=bench_tune.spread(axis.values, bench_tune.EACH[axis.name])) for axis in axes
+    ]
+    points = bench_tune.grid(few)
+    assert len(points) == len({tuple(point.items()) for point in points}) == 64
+    for axis, fewer in zip(axes, few, strict=True):
+        assert {axis.values[0], axis.values[-1]} <= set(fewer.values) <= set(axis.values)
+
+
+def test_a_point_of_the_grid_reaches_the_job_that_is_raced(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    bench = bench_tune.Bench(tmp_path, 1.0)
+    tuned = job.load(bench._job("point", bench_tune.RACING, {"prefetch": -1, "intra_op_threads": 1}))
+    assert tuned.tuning.given == {"prefetch": -1, "intra_op_threads": 1}
+    course = job.load(bench._job("course", bench_tune.RACING, {}, bench_tune.COURSE))
+    assert course.env.vars == bench_tune.COURSE and not course.tuning.given
 
 
 def test_help_is_the_header_and_unknown_names_are_refused() -> None:
     told = subprocess.run([BENCH, "--help"], capture_output=True, text=True, check=True)
     assert "scripts/bench [NAME...] [--quick]" in told.stdout and "Exit status" in told.stdout
     refused = subprocess.run([BENCH, "trainig"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "training cli engine" in refused.stderr
+    assert refused.returncode == 2 and "training strategies resume cli engine" in refused.stderr

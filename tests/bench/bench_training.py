@@ -3,10 +3,11 @@
     scripts/bench training [--quick | --noise]
 
 The script is the notebook notebooks/simple2GPUsOrig.py up to its training: a small network with short epochs, so that
-whatever hpcml does in an epoch shows. Bare it has no ``begin()`` and no callbacks, but the same environment variables, so
-that both sides compute on the same devices, with the same threads and the same Keras. Both carry the same clock: it
-counts from the second epoch on, without validation, and includes what the callbacks before it do. They take turns on
-one core (see turns.py): a job of one core, and hpcml's other processes on that core too.
+whatever hpcml does in an epoch shows. Bare it doesn't import hpcml, but has the same environment variables, so that both
+sides compute on the same devices, with the same threads and the same Keras (by_hand.py makes both). Neither saves checkpoints:
+what they cost is bounded by a rule of its own, 1 % of the time, and `strategies` includes it. Both carry the same clock:
+it counts from the second epoch on, without validation, and includes what the callbacks before it do. They take turns on one
+core (see turns.py): a job of one core, and hpcml's other processes on that core too.
 """
 
 import argparse
@@ -15,13 +16,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from bench import pairs, turns
+from bench import by_hand, pairs, turns
 from hpcml import facts, rundir
 from hpcml.node import bootstrap
 from hpcml.tracking import journal
 
-PROJECT = Path(__file__).resolve().parents[2]
-NOTEBOOK = PROJECT / "notebooks" / "simple2GPUsOrig.py"
+NOTEBOOK = by_hand.NOTEBOOKS / "simple2GPUsOrig.py"
 HPCML = str(Path(sys.executable).with_name("hpcml"))
 SECONDS = 11.0  # on each side of a pair; the epochs that the turns begin and end in are not counted: over 10 s are left
 PAIRS, MOST_PAIRS = 12, 24
@@ -39,29 +39,6 @@ cpus_per_task = {cores}
 """
 
 
-def script(notebook: str, *, bare: bool) -> str:
-    """Return the training of a notebook in percent format as a script, with the clock, and bare without hpcml.
-
-    Raises:
-        ValueError: the notebook no longer has a line that this changes.
-    """
-    text, _, _ = notebook.partition("# %% [markdown]\n# ## Result\n")
-    changes = {
-        "epochs = 5": "epochs = 100_000",
-        "history = model.fit(": turns.KERAS + "history = model.fit(",
-        "callbacks=run.callbacks(global_batch=global_batch)": "callbacks=[*run.callbacks(global_batch=global_batch), Clock()]",
-    }
-    if bare:  # hpcml stays for its data sets alone
-        changes['run = hpcml.begin(strategy="original")\n'] = ""
-        changes["run.tuned("] = "dict("  # the defaults, which hold on the other side too
-        changes["[*run.callbacks(global_batch=global_batch), Clock()]"] = "[Clock()]"
-    for old, new in changes.items():
-        if text.count(old) != 1:
-            raise ValueError(f"{text.count(old)} times {old!r} in the notebook, 1 is wanted: adapt bench_training.py")
-        text = text.replace(old, new)
-    return text if bare else text + "run.finish()\n"
-
-
 class Training:
     """Both sides, in a project folder of their own."""
 
@@ -70,12 +47,13 @@ class Training:
         gpus, cores = min(1, facts.count_gpus()), 1
         self.folder = folder
         files = {
-            "under_hpcml.py": script(notebook, bare=False),
-            "bare.py": script(notebook, bare=True),
+            "under_hpcml.py": by_hand.script(notebook, bare=False, keep=False),
+            "bare.py": by_hand.script(notebook, bare=True),
             "bench.toml": JOB.format(gpus=gpus, cores=cores),
         }
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
+        by_hand.write_data(folder)
         self.environment = pairs.environment() | {"HPCML_PROJECT": str(folder)}
         # What hpcml's worker will decide for its own script, with the cores that the launcher hands to it.
         decides = {"HPCML_CPUS_PER_TASK": str(cores)}
@@ -93,7 +71,7 @@ class Training:
 
 
 def profiled(sides: Training) -> str:
-    """Train a few epochs with a profile, on a core of its own, and return what its steps took beside all others."""
+    """Train a few epochs with a profile, alone on the machine, and return what its steps took beside all others."""
     program = sides.ours("profiled", "--set", f"profile.steps={list(PROFILE)}")
     try:
         program.await_spans(6)  # two an epoch
@@ -130,10 +108,13 @@ def main() -> int:
         beside = [] if chosen.noise else [profiled(sides)]
     variables = ", ".join(f"{name}={value}" for name, value in sides.variables.items())
     name = "bare" if chosen.noise else "hpcml"
-    what = f"{NOTEBOOK.relative_to(PROJECT)} up to its training, {seconds:g} s of it after the second epoch began, " + (
-        "bare against bare."
-        if chosen.noise
-        else "under `hpcml run` with begin() and callbacks against the same script bare."
+    what = (
+        f"{NOTEBOOK.relative_to(by_hand.PROJECT)} up to its training, {seconds:g} s of it after the second epoch began, "
+        + (
+            "bare against bare."
+            if chosen.noise
+            else "under `hpcml run` with begin() and callbacks against the same script bare."
+        )
     )
     figure = pairs.Figure("CNN", what, (name, "bare"), "samples/s", measured, BOUND)
     notes = [f"On both sides: {variables}.", *beside]

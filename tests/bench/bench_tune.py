@@ -3,18 +3,20 @@
     scripts/bench tune [--quick]
 
 The work is notebooks/simple2GPUsOrig.py on all cores, with its global batch. The grid has 64 points: 4 pairs of threads
-(intra-op × inter-op, the least and the most of either), 4 values of prefetch, 4 of ``steps_per_execution``; each is
-measured by one trial as long as the tuner's final ones, which is what it takes to tell points that differ by 2 %. The
-tuner then gets 15 % of the time that the grid took, for everything, and searches the same four settings. Its winner and
-the grid's best point are measured again in pairs: the best of 64 measurements has had luck too.
+(intra-op × inter-op, the least and the most of either), 4 values of prefetch, 4 of ``steps_per_execution``. Each is measured
+by one trial as long as the tuner's final ones. The tuner then gets 15 % of the time that the grid took, for everything, and
+searches the same four settings. Its trials, and so the grid's, train for a quarter of the seconds that they do by default:
+then everything takes less than 20 minutes. Most of a trial is TensorFlow's start in any case.
 
-Threads alone: the winner's threads, everything else as in the notebook, against 64 threads of each kind as the course
-sets them (OMP, intra-op, inter-op).
+Its winner and the grid's best point are measured again, because the best of 64 measurements has had luck too: in pairs that
+take turns on all cores (see turns.py). Threads alone: the winner's threads, everything else as in the notebook, against 64
+threads of each kind as the course sets them (OMP, intra-op, inter-op).
 """
 
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import sys
 import tempfile
@@ -22,7 +24,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench import pairs
+from bench import by_hand, pairs, turns
 from hpcml import facts
 from hpcml.launch.prepare import prepare
 from hpcml.plan import Plan
@@ -30,28 +32,36 @@ from hpcml.tune import search, space
 from hpcml.tune.search import Trial
 from hpcml.tune.space import Axis, Point, Value
 from hpcml.tune.trial import Pace, Trials
-from hpcml.tune.tuner import SECONDS, Tuner, Wanted
+from hpcml.tune.tuner import Tuner, Wanted
 
-PROJECT = Path(__file__).resolve().parents[2]
-NOTEBOOK = PROJECT / "notebooks" / "simple2GPUsOrig.py"
+NOTEBOOK = by_hand.NOTEBOOKS / "simple2GPUsOrig.py"
+HPCML = str(Path(sys.executable).with_name("hpcml"))
 SETTINGS = ("intra_op_threads", "inter_op_threads", "prefetch", "steps_per_execution")
 EACH = {"intra_op_threads": 2, "inter_op_threads": 2, "prefetch": 4, "steps_per_execution": 4}  # 64 points
 SHARE = 0.15  # of the grid's time
-PAIRS, MOST_PAIRS = 8, 16
-LIMIT_S = 20 * 60
+SECONDS = 1.0  # of training in a short trial
+PAIRS, MOST_PAIRS, THREADS_PAIRS = 8, 12, 6
+PAIR_S = 6.0  # on each side of a pair
+LIMIT_S = 5 * 60  # for more than the least of pairs
 WINNER = pairs.Bound(0.98, at_least=True, pairs=PAIRS, width=0.04)
-THREADS = pairs.Bound(1.3, at_least=True, pairs=PAIRS)
+THREADS = pairs.Bound(1.3, at_least=True, pairs=THREADS_PAIRS)
 COURSE = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "64")
 TRIAL_S = 300.0  # and no trial longer
-QUICK_S, QUICK_BUDGET_S = 0.5, 90.0
+QUICK_S, QUICK_PAIR_S, QUICK_BUDGET_S = 0.5, 1.5, 60.0
+
+RACING = "racing.py"  # the same training, until it is told to end
 
 JOB = """\
-script = "train.py"
+name = "{name}"
+script = "{script}"
 strategy = "original"
 [resources]
 gpus_per_node = {gpus}
 cpus_per_task = {cores}
 """
+
+
+NOTHING: Mapping[str, str] = {}
 
 
 class Lines:
@@ -85,13 +95,13 @@ class Bench:
     """The job, its trials, and what they took."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
-        text = NOTEBOOK.read_text(encoding="utf-8").partition("# %% [markdown]\n# ## Result\n")[0]
-        cores = len(os.sched_getaffinity(0))
-        job = JOB.format(gpus=min(1, facts.count_gpus()), cores=cores)
-        for name, content in {"train.py": text, "bench.toml": job, "pyproject.toml": ""}.items():
+        notebook = NOTEBOOK.read_text(encoding="utf-8")
+        text = notebook.partition("# %% [markdown]\n# ## Result\n")[0]
+        files = {"train.py": text, RACING: by_hand.script(notebook, bare=False), "pyproject.toml": ""}
+        for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
-        self.plan = prepare(folder / "bench.toml", "local").plan
-        self.root, self.seconds = folder / "runs", seconds
+        self.folder, self.root, self.seconds = folder, folder / "runs", seconds
+        self.plan = prepare(self._job("bench", "train.py"), "local").plan
         self.trials = Trials(self.plan, self.root)
 
     def speed(self, plan: Plan) -> float:
@@ -113,20 +123,47 @@ class Bench:
         tuner.run()
         return tuner
 
-    def course(self) -> Plan:
-        """The job with the course's threads."""
-        env = dataclasses.replace(self.plan.env, vars={**self.plan.env.vars, **COURSE})
-        return dataclasses.replace(self.plan, env=env)
+    def racer(self, name: str, settings: Mapping[str, Value], variables: Mapping[str, str]) -> turns.Program:
+        """Start the training with settings, and with variables that win over them, until it is told to end."""
+        job = self._job(name, RACING, settings, variables)
+        return turns.Program(
+            name, [HPCML, "run", "--site", "local", job.name], pairs.environment() | {"HPCML_PROJECT": str(self.folder)},
+            self.folder, turns.CORES,
+        )  # fmt: skip
+
+    def _job(
+        self, name: str, script: str, settings: Mapping[str, Value] = NOTHING, variables: Mapping[str, str] = NOTHING
+    ) -> Path:
+        path = self.folder / f"{name}.toml"
+        text = JOB.format(name=name, script=script, gpus=min(1, facts.count_gpus()), cores=len(os.sched_getaffinity(0)))
+        lines = ["[tuning]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
+        lines += ["[env.vars]", *(f"{key} = {json.dumps(value)}" for key, value in variables.items())]
+        path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+        return path
 
 
-def compared(bench: Bench, name: str, ours: Plan, other: Plan, least: int, most: int) -> list[pairs.Pair]:
-    """Measure two plans in pairs."""
-    measured = []
-    turns = pairs.in_turn(lambda: bench.speed(ours), lambda: bench.speed(other))
-    for pair in pairs.measure(turns, least=least, most=most, width=WINNER.width, limit_s=LIMIT_S):
-        measured.append(pair)
-        pairs.progress(name, pair, len(measured))
-    return measured
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a pair: a name, settings of ``[tuning]``, and variables that win over them."""
+
+    name: str
+    settings: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def compared(bench: Bench, ours: Side, other: Side, seconds: float, least: int, most: int) -> list[pairs.Pair]:
+    """Measure two sides in pairs."""
+    found = []
+    race = turns.racing(
+        lambda: bench.racer(ours.name, ours.settings, ours.variables),
+        lambda: bench.racer(other.name, other.settings, other.variables),
+        seconds,
+        to_the_end=False,
+    )
+    for pair in pairs.measure(race, least=least, most=most, width=WINNER.width, limit_s=LIMIT_S):
+        found.append(pair)
+        pairs.progress(f"tune: {ours.name} against {other.name}", pair, len(found))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,22 +196,25 @@ def gridded(bench: Bench, every: int) -> Gridded:
 def measured(folder: Path, quick: bool) -> tuple[list[pairs.Figure], list[str]]:
     """Measure the grid, let the tuner search, compare; return the figures and what else there is to say."""
     bench = Bench(folder, QUICK_S if quick else SECONDS)
-    least, most = (1, 1) if quick else (PAIRS, MOST_PAIRS)
     tried = gridded(bench, 16 if quick else 1)
     tuner = bench.tuned(QUICK_BUDGET_S if quick else SHARE * tried.took_s)
     found = tuner.result.found
     assert found is not None
-    point = found.winner.point
-    threads: Point = {name: point[name] for name in SETTINGS[:2] if name in point}
-    winner, best, ours = (space.applied(bench.plan, tried.start, one) for one in (point, tried.best, threads))
+    point, seconds = found.winner.point, QUICK_PAIR_S if quick else PAIR_S
+    of = {name: space.changes_of(tried.start, one) for name, one in (("winner", point), ("best", tried.best))}
+    winner, best = Side("winner", of["winner"]), Side("best", of["best"])
+    threads = {name: value for name, value in of["winner"].items() if name in SETTINGS[:2]}
+    least, most = (1, 1) if quick else (PAIRS, MOST_PAIRS)
+    fewer = 1 if quick else THREADS_PAIRS
     figures = [
         pairs.Figure(
             "winner", f"tune's winner {dict(point)} against the grid's best {dict(tried.best)}.",
-            ("tune", "grid"), "samples/s", compared(bench, "winner", winner, best, least, most), WINNER,
+            ("tune", "grid"), "samples/s", compared(bench, winner, best, seconds, least, most), WINNER,
         ),
         pairs.Figure(
-            "threads", f"{dict(threads)}, all else as in the notebook, against 64/64/64.",
-            ("tuned", "course"), "samples/s", compared(bench, "threads", ours, bench.course(), least, least), THREADS,
+            "threads", f"{threads or 'the threads that hpcml chooses'}, all else as in the notebook, against 64/64/64.",
+            ("tuned", "course"), "samples/s",
+            compared(bench, Side("threads", threads), Side("course", variables=COURSE), seconds, fewer, fewer), THREADS,
         ),
     ]  # fmt: skip
     share = tuner.result.took_s / tried.took_s
@@ -194,12 +234,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="4 points of the grid, one pair each, nothing is judged")
     quick = parser.parse_args().quick
     pairs.announce("tune")
+    began = time.monotonic()
     kept = pairs.environment()
     os.environ.clear()  # the trials inherit it
     os.environ.update(kept)
     with tempfile.TemporaryDirectory(prefix="hpcml-bench-") as folder:
         os.environ["HPCML_PROJECT"] = folder
         figures, notes = measured(Path(folder), quick)
+    notes.append(f"{time.monotonic() - began:.0f} s in all.")
     pairs.show("tune: what a short search finds", figures, notes)
     return 0
 
