@@ -98,8 +98,63 @@ def test_a_framework_imported_before_is_refused(folder: Path) -> None:
         "import sys, types\nsys.modules['tensorflow'] = types.ModuleType('tensorflow')\nimport hpcml\nhpcml.begin()\n"
     )
     done = python(folder, body)
-    assert done.returncode == 1 and "restart the kernel" in done.stderr
+    assert done.returncode == 2 and "restart the kernel" in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "runs").exists()
+
+
+def test_a_runs_folder_that_takes_nothing_is_refused_in_plain_words(folder: Path) -> None:
+    (folder / "file").write_text("where a folder should be")
+    runs = {"HPCML_RUNS": str(folder / "file" / "runs")}
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    for more in ({}, ranks):
+        done = python(folder, "import hpcml\nhpcml.begin()\nprint('TRAINED')\n", **runs, **more)
+        assert (done.returncode, done.stdout.count("TRAINED")) == (2, 0), done.stderr
+        assert done.stderr.startswith(f"hpcml: no run directory can be made in {folder / 'file' / 'runs'}: ")
+        assert "\n  fix: set HPCML_RUNS to a folder" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says", "frames"),
+    [
+        ("begin(strategy='mirorred')", 2, "hpcml: begin(): unknown strategy 'mirorred'\n  allowed: ", False),
+        ("try:\n    begin(strategy='x')\nexcept HpcmlError:\n    raise ValueError('mine') from None", 1, "mine", True),
+        (
+            "try:\n    begin(strategy='x')\nexcept HpcmlError:\n    pass\nraise HpcmlError('of mine')",
+            1,
+            "of mine",
+            True,
+        ),
+        ("try:\n    begin(strategy='x')\nexcept HpcmlError:\n    sys.exit(7)", 7, "", False),
+    ],
+    ids=["refused", "another exception", "another HpcmlError", "caught"],
+)
+def test_only_the_refusal_itself_ends_without_frames(
+    folder: Path, body: str, code: int, says: str, frames: bool
+) -> None:
+    done = python(folder, f"import sys\nfrom hpcml import begin\nfrom hpcml.errors import HpcmlError\n{body}\n")
+    assert (done.returncode, "Traceback" in done.stderr) == (code, frames), done.stderr
+    assert says in done.stderr
+
+
+def test_log_takes_its_step_by_place_or_name_and_never_raises(folder: Path) -> None:
+    body = """
+import json, hpcml
+from hpcml.tracking import journal
+run = hpcml.begin()
+told = [
+    run.log(1, loss=0.5), run.log(step=2, loss=0.25), run.log(3, **{"step": 30, "loss": 0.125}),
+    run.log(loss=1.0), run.log(4, 0.5), run.log(10**30, big=1.0), run.log(5, **{"self": 1.0}),
+]
+kept = [(r["step"], r["values"]) for r in journal.read(run.dir.events, kinds={"metric"})]
+print("TOLD", json.dumps([told, kept]))
+"""
+    done = python(folder, body)
+    assert done.returncode == 0, done.stderr
+    told, kept = json.loads(done.stdout.split("TOLD ")[1].splitlines()[0])
+    assert told == [True, True, True, False, False, False, True]
+    assert kept == [[1, {"loss": 0.5}], [2, {"loss": 0.25}], [3, {"step": 30, "loss": 0.125}], [5, {"self": 1}]]
+    (marker,) = (folder / "runs").glob("*/status.0.json")
+    assert json.loads(marker.read_text())["left_out"] == {"loss": 1, "(no name)": 1, "big": 1}
 
 
 RANK = """\

@@ -394,7 +394,9 @@ def test_it_follows_the_run_to_its_end(live: Any, run: RunDir) -> None:
         file.write("a line of the log\n")
     live.expect_exact("a line of the log")
     for rank in range(4):
-        rundir.write_json(run.status_of(rank), {"rank": rank, "exit_code": 0, "restart": 0, "started": 1.0, "ended": 2.0})
+        rundir.write_json(
+            run.status_of(rank), {"rank": rank, "exit_code": 0, "restart": 0, "started": 1.0, "ended": 2.0}
+        )
     batch.close_run(run, 0)
     live.expect(pexpect.EOF)
     live.wait()
