@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import bare
 from .errors import HpcmlError, nearest
@@ -62,10 +62,6 @@ class Run:
     _kept: Any = None
     _capture: contextlib.AbstractContextManager[None] | None = None
 
-    @overload
-    def log(self, step: int, /, **metrics: float) -> bool: ...
-    @overload
-    def log(self, /, *, step: int, **metrics: float) -> bool: ...
     def log(self, /, *at: int, **metrics: float) -> bool:
         """Record metrics in the run's journal, as ``log(step, loss=…)`` or ``log(step=…, loss=…)``. Never raises.
 
@@ -115,9 +111,9 @@ class Run:
     ) -> Iterator[int]:
         """Yield the numbers of a torch training's epochs, from 1, and keep what each took; fewer where it is stopped.
 
-        With ``keep`` the training survives: it saves checkpoints into the run's directory, also when a signal asks it to
-        stop, and a run that is requeued or resumed goes on after the step at which it was saved, with the same data
-        order and random numbers.
+        With ``keep`` the training survives: it saves checkpoints into the run's directory, between epochs, within long
+        ones, and when a signal asks it to stop, and a run that is requeued or resumed goes on after the step at which it
+        was saved, with the same data order and random numbers.
 
         Args:
             model: wrapped in DistributedDataParallel, or shared out by ``fully_shard``; its weights are compared across the ranks.
@@ -149,6 +145,16 @@ class Run:
         """Whether all ranks agree to stop, for a torch loop without ``steps``: call it once a step on every rank."""
         return bool(self._stopping().asked())
 
+    def check_in_sync(self, weights: Sequence[Any], step: int) -> None:
+        """Compare the ranks' weights in a ``tf.GradientTape`` loop under Horovod; a collective, after the first step say.
+
+        Raises:
+            HpcmlError: they differ, so each rank trains alone.
+        """
+        from .training import horovod_tape
+
+        horovod_tape.check(self.journal, self.expected(), self.topology.rank, weights, step)
+
     @property
     def samples_per_s(self) -> list[float]:
         """Speed of the whole job in each epoch of ``epochs`` so far."""
@@ -179,7 +185,7 @@ class Run:
         )
 
     def _keras_keeper(self) -> Any:
-        """The keeper of this run, made once: what it finds then is what the training goes on from."""
+        """Made once: what it finds then is what the training goes on from."""
         if self._kept is None:
             from .training import keras_checkpoint
 
@@ -209,7 +215,7 @@ class Run:
         Scripts that log with MLflow's fluent API stay as they are, and training waits for no server: the journal is
         delivered to MLflow like everything else of the run. Files of ``log_artifact`` are copied to the run's
         directory. What can't be captured (models, figures, autologging) is left out, said once. ``MlflowClient`` is
-        left alone.
+        captured where it names this run. Without a step each metric's steps count up from 0.
 
         Raises:
             HpcmlError: MLflow is not installed, or the run has ended.

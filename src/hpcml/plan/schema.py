@@ -16,7 +16,8 @@ NOT_KERAS_3 = {
 }
 NEVER_CHECKED = (
     'strategy "{strategy}" was never checked: no training reported its replicas in sync; '
-    "call hpcml.begin(), then pass callbacks=run.callbacks() to fit, or train in run.epochs() and run.steps()"
+    "call hpcml.begin(), then pass callbacks=run.callbacks() to fit, or train in run.epochs() and run.steps(), "
+    "or call run.check_in_sync() in a loop of your own under Horovod"
 )
 
 

@@ -19,7 +19,7 @@ FIX = (
 )
 
 
-def compare(journal: Journal, expected: Expected, rank: int, weights: Sequence[Any], step: int) -> None:
+def check(journal: Journal, expected: Expected, rank: int, weights: Sequence[Any], step: int) -> None:
     """Compare the ranks' weights, bit for bit, and record how many are in sync. A collective: call it on all ranks.
 
     Args:
