@@ -56,7 +56,7 @@ def test_all_is_checked_with_horovod(clone: Path) -> None:
     code, told = play(clone, ".ci/run")
     assert code == 0 and "horovod: building for .venv/bin/python" in told
     (tests,) = [line for line in told.splitlines() if line.startswith("asked: -m pytest")]
-    assert tests.endswith("(demands slurm,horovod)")
+    assert tests.endswith("(demands slurm)")
     assert told.splitlines()[-1] == "==== 3 passed in 1.00s ===="
 
 

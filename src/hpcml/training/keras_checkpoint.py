@@ -209,7 +209,8 @@ class Kept:
 def gather_of(strategy: Any) -> Gather:
     """Return the collective of a strategy of TensorFlow: each worker's numbers (int64), by rank."""
     resolver = strategy.cluster_resolver
-    world = resolver.cluster_spec().num_tasks("worker") if resolver is not None else 1
+    # MultiWorkerMirroredStrategy in a single process, without TF_CONFIG, has a cluster without workers.
+    world = len(resolver.cluster_spec().as_dict().get("worker", ())) if resolver is not None else 1
     if world <= 1:
         return lambda values: [list(values)]
     rank, here = resolver.task_id, strategy.num_replicas_in_sync // world
