@@ -626,7 +626,7 @@ def test_gradients_that_are_not_averaged_end_a_keras_training(folder: Path, chan
 @needs_horovod
 def test_keras_3_never_gets_to_train(folder: Path) -> None:
     done, _ = start(folder, ["work.py"], with_keras(before="import keras"))
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert re.search(r"Keras 3\.\S+ was imported before Horovod(?s:.*)averages no gradients", done.stderr), done.stderr
 
 

@@ -220,7 +220,7 @@ def gather_of(strategy: Any) -> Gather:
         import tensorflow as tf
 
         def mine(context: Any) -> Any:
-            rows = np.zeros((world, len(values)), np.int64)
+            rows: Any = np.zeros((world, len(values)), np.int64)
             if context.replica_id_in_sync_group % here == 0:
                 rows[rank] = values
             return tf.constant(rows)
