@@ -37,7 +37,7 @@ from hpcml import rundir
 from hpcml.errors import HpcmlError, Stopped
 from hpcml.rundir import RunDir
 from hpcml.tracking.journal import Journal
-from hpcml.training import keras_checkpoint, tensorflow as training
+from hpcml.training import keras_checkpoint, saving, tensorflow as training
 
 folder = Path(sys.argv[1])
 legacy = os.environ["TF_USE_LEGACY_KERAS"] == "1"
@@ -86,7 +86,7 @@ def execution(name, kind="original", *, restart=0, stop=None, units=8, due=False
     train = tf.data.Dataset.range(done, EPOCHS).flat_map(shuffled)
     course = Course(run.stop, stop)
     callbacks = training.callbacks(journal, expected, global_batch=16, began=time.perf_counter(), rank=0, keeper=keeper)
-    keras_checkpoint.COST = 1e9 if due else 0.01
+    saving.COST = 1e9 if due else 0.01
     if spoil:
         spoil()
     told = {"done": done, "stopped": None}

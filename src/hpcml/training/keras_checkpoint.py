@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,12 +20,11 @@ from . import keras_state
 from .checkpoint import Checkpoint, Place, Store, heeding, why
 from .ddp import Gather
 from .keras_state import State
-from .torch_checkpoint import COST
+from .saving import Saving
 
 # What stands for the model in the store: which one it is, rank 0 compares by itself, to say where they differ.
 _MODEL = "keras"
 _LOOKS = "looks.json"
-_FIRST_COST_S = 0.02  # of saving, before it was measured
 
 
 class Keeper:
@@ -46,7 +44,7 @@ class Keeper:
         self._state: State | None = None
         self._looks: list[str] = []
         self._gather: Gather = lambda values: [list(values)]
-        self._saved_at, self._cost_s = time.perf_counter(), _FIRST_COST_S
+        self._saving = Saving(self._store, self._gather, rank)
 
     @property
     def epochs_done(self) -> int:
@@ -67,7 +65,7 @@ class Keeper:
             if self._rank == 0:
                 self.warn("only the first model.fit() of a run is kept, this is another one")
             return False
-        self._gather = gather
+        self._gather, self._saving = gather, Saving(self._store, gather, self._rank)
         newest = self.found
         if self._rank == 0:
             self._store.claim()
@@ -75,7 +73,6 @@ class Keeper:
         self._check_found(newest)
         self._state = keras_state.of(model)
         self._looks = [type(model.optimizer).__name__, *self._state.looks()]
-        self._saved_at = time.perf_counter()
         if self.found is not None:
             self._load(self.found, self._state)
         elif self._rank == 0 and (layers := keras_state.unkept(model)):
@@ -112,9 +109,8 @@ class Keeper:
         Raises:
             Stopped: asked to stop, and saved.
         """
-        due = self._cost_s <= COST * (time.perf_counter() - self._saved_at)
         stop = rundir.read_json(self._run.stop)
-        told = self._gather([int(stop.get("restart") == self._restart), int(due)])
+        told = self._gather([int(stop.get("restart") == self._restart), int(self._saving.due())])
         if any(asked for asked, _ in told):
             self._stop(place, str(stop.get("signal", "another rank's stop file")))
         if told[0][1]:
@@ -129,21 +125,7 @@ class Keeper:
 
     def save(self, place: Place) -> bool:
         """Save now, all ranks together; returns whether it is kept."""
-        began = time.perf_counter()
-        made = self._store.begin(place) if self._rank == 0 else self._store.aside(place)
-        if not self._all(made is not None) or made is None:
-            return False
-        reason = self._write(made)
-        kept = self._all(not reason)
-        if self._rank == 0:
-            if kept:
-                kept = self._store.seal(place)
-            else:
-                self._store.discard(place, reason or "another rank could not write its part")
-        kept = self._all(kept)
-        self._saved_at = time.perf_counter()
-        self._cost_s = self._saved_at - began
-        return kept
+        return self._saving.save(place, self._write)
 
     def _write(self, folder: Path) -> str:
         """Write this rank's part; returns what went wrong."""
@@ -155,9 +137,6 @@ class Keeper:
         except OSError as error:
             return why(error)
         return ""
-
-    def _all(self, well: bool) -> bool:
-        return all(one for (one,) in self._gather([int(well)]))
 
     def end(self) -> None:
         """From now on a TERM ends the process again."""

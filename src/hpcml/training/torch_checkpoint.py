@@ -9,7 +9,6 @@ import functools
 import operator
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,13 @@ from ..errors import HpcmlError
 from . import fsdp
 from .checkpoint import Place, Store, heeding, why
 from .ddp import Ranks
+from .saving import FIRST_COST_S, Saving
 
 if TYPE_CHECKING:
     import torch
 
-# A checkpoint is saved, within an epoch or after it, when saving has cost less than this share of the time since the last
-# one: what takes 0.1 s every 10 s, what takes 6 s every 10 minutes.
-COST = 0.01
-# Before one was measured: so much, and with each parameter two moments, written and read back at so many bytes a second.
-_FIRST_COST_S, _FIRST_BYTES_A_S = 0.02, 2e9
-_FAILED_COST_S = 0.6
+# Before one was measured: with each parameter two moments, written and read back at so many bytes a second.
+_FIRST_BYTES_A_S = 2e9
 _COMMON, _OWN = "model.pt", "rank-{}.pt"
 
 
@@ -58,7 +54,8 @@ class Keeper:
         self._shared = fsdp.is_shared(self._model)  # its optimizers' moments are then in parts too
         self._own_buffers = not _broadcasts(model)
         self.heeding = heeding if watched else contextlib.nullcontext
-        self._saved_at, self._cost_s = time.perf_counter(), _FIRST_COST_S + 3 * _held(self._model) / _FIRST_BYTES_A_S
+        first_s = FIRST_COST_S + 3 * _held(self._model) / _FIRST_BYTES_A_S
+        self._saving = Saving(store, ranks.gather, rank, first_s)
         self._order: Mapping[str, Any] = {}  # random numbers as the epoch's loader was asked for its first batch
         self.otherwise = ""
 
@@ -71,7 +68,6 @@ class Keeper:
         place = found.place if found else Place()
         told = self._ranks.gather([place.step, place.epoch, place.batch])
         place = Place(*told[0])
-        self._saved_at = time.perf_counter()
         if not place.step:
             return place
         self._load(self._store.of(place), len(told))
@@ -130,8 +126,8 @@ class Keeper:
         yield from batches
 
     def due(self) -> bool:
-        """Whether to save, as far as this rank knows: it has cost less than a share of the time since the last one."""
-        return self._cost_s <= COST * (time.perf_counter() - self._saved_at)
+        """Whether to save, as far as this rank knows."""
+        return self._saving.due()
 
     def end_epoch(self, place: Place) -> None:
         """Save between two epochs where that is due; a collective."""
@@ -141,28 +137,7 @@ class Keeper:
 
     def save(self, place: Place) -> bool:
         """Save now, all ranks together; returns whether it is kept."""
-        began = time.perf_counter()
-        kept = self._save(place)
-        self._saved_at = time.perf_counter()
-        # Where there is no room, it is tried and told again after 1 minute, 2, 4 …
-        self._cost_s = self._saved_at - began if kept else max(_FAILED_COST_S, 2 * self._cost_s)
-        return kept
-
-    def _save(self, place: Place) -> bool:
-        made = self._store.begin(place) if self._rank == 0 else self._store.aside(place)
-        if not self._all(made is not None) or made is None:
-            return False
-        reason = self._write(made)
-        kept = self._all(not reason)
-        if self._rank == 0:
-            if kept:
-                kept = self._store.seal(place)
-            else:
-                self._store.discard(place, reason or "another rank could not write its part")
-        return self._all(kept)
-
-    def _all(self, well: bool) -> bool:
-        return all(one for (one,) in self._ranks.gather([int(well)]))
+        return self._saving.save(place, self._write)
 
     def _write(self, folder: Path) -> str:
         """Write this rank's part; returns what went wrong."""
