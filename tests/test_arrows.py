@@ -13,7 +13,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "hpcml"
 # Shared by all rooms, on the standard library alone. journal is the file format of a run's events.
 LEAF = {
-    *("errors", "job", "site", "facts", "plan", "interpreter", "provision", "rundir", "snapshot", "slurm"),
+    *(
+        "errors",
+        "job",
+        "site",
+        "facts",
+        "filesystem",
+        "plan",
+        "interpreter",
+        "provision",
+        "rundir",
+        "snapshot",
+        "slurm",
+    ),
     *("tracking.journal", "tracking.heartbeat", "tracking.provenance", "tracking.installed", "tracking.revision"),
 }
 FRAMEWORKS = {

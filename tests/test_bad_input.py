@@ -129,7 +129,7 @@ COUNT = "a whole number from 1"
 BAD_JOBS = {
     # keys
     "unknown key": case(WORK + 'strateg = "mirrored"\n', "bad.toml: unknown key 'strateg'", "did you mean 'strategy'?"),
-    "unknown key, nothing near": case(WORK + "zzz = 1\n", "unknown key 'zzz'", "allowed: base, command, env,"),
+    "unknown key, nothing near": case(WORK + "zzz = 1\n", "unknown key 'zzz'", "allowed: base, command, data, env,"),
     "unknown table": case(WORK + "[resource]\nnodes = 1\n", "unknown key 'resource'", "did you mean 'resources'?"),
     "a resource's short name": case(
         resources("gpus = 2"), "bad.toml: unknown key 'resources.gpus'", "'gpus_per_node'?"
@@ -139,6 +139,10 @@ BAD_JOBS = {
     ),
     "unknown slurm": case(WORK + '[slurm]\npartitions = "a"\n', "'slurm.partitions'", "did you mean 'partition'?"),
     "unknown env": case(WORK + '[env]\nmodule = ["a"]\n', "'env.module'", "did you mean 'modules'?"),
+    "unknown data": case(WORK + '[data]\nversions = "v1"\n', "'data.versions'", "did you mean 'version'?"),
+    "version of no data set": case(WORK + '[data]\nversion = "v1"\n', "[data] doesn't say which data set", "source"),
+    "data stage": case(WORK + '[data]\nsource = "a"\nstage = "alway"\n', "data.stage = 'alway'", "'always'?"),
+    "data number": case(WORK + "[data]\nsource = 1\n", "data.source = 1 is not a line of text"),
     "unknown parameter": case(IN_NOTEBOOK + "[params]\nepoch = 1\n", "bad.toml: params.epoch:", "'epochs'?"),
     "unknown parameter, percent": case('script = "percent.py"\n[params]\nlrr = 1\n', "no parameter 'lrr'", "'lr'?"),
     # types, units, ranges

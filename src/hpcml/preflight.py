@@ -14,6 +14,7 @@ from . import rundir
 from . import site as sites
 from .errors import HpcmlError, ServiceSilent
 from .facts import count_gpus, has_queue_here
+from .filesystem import PARALLEL, file_system
 from .interpreter import python_of
 from .job import clock, project_of
 from .launch import sbatch
@@ -21,8 +22,6 @@ from .launch.prepare import Prepared, remedy
 from .plan import Plan
 from .slurm import commands, text
 
-# Metadata servers make small files slow on these; SQLite's locks are not safe on them.
-NETWORK_FILE_SYSTEMS = ("lustre", "nfs", "nfs4", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs", "wekafs", "9p")
 # Executed notebooks, logs and checkpoints of a run need some room.
 LEAST_FREE_GB = 1
 _PROBE = (
@@ -200,7 +199,7 @@ def _folders(site: sites.Site, project: Path) -> Iterator[Finding]:
         return
     if store.startswith("sqlite:///"):
         folder = next(p for p in Path(store.removeprefix("sqlite:///")).parents if p.exists())
-        if (kind := file_system(folder)) in ("lustre", "gpfs", "beegfs"):
+        if (kind := file_system(folder)) in PARALLEL:
             yield Finding(
                 "mlflow", "bad", f"{store} lies on {kind}, where SQLite's locks are not safe", "set MLFLOW_TRACKING_URI"
             )
@@ -208,18 +207,6 @@ def _folders(site: sites.Site, project: Path) -> Iterator[Finding]:
     from .tracking.store import parse
 
     yield Finding("mlflow", "good", f"metrics go to {parse(store).shown}")
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system that holds a path, from /proc/self/mounts; ``unknown`` where that can't be told."""
-    best, kind = "", "unknown"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            _, mount, name, *_ = line.split()
-            inside = mount == "/" or path == Path(mount) or Path(mount) in path.parents
-            if inside and len(mount) >= len(best):
-                best, kind = mount, name
-    return kind
 
 
 def _environment(plan: Plan, needed: list[str]) -> Finding:

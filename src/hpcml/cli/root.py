@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -27,20 +27,27 @@ COMMANDS = {
     "top": "top",
     "report": "report",
     "model": "model",
+    "data": "data",
     "runs": "runs",
     "site": "places",
     "doctor": "places",
 }
 
 
-class _Lazy(click.Group):
+class LazyGroup(click.Group):
+    """A group that finds its commands by name, each ``NAME_command`` in a module below cli, and imports only what is asked for."""
+
+    def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.modules = modules
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.modules)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.modules:
             return None
-        module = importlib.import_module(f"hpcml.cli.{COMMANDS[cmd_name]}")
+        module = importlib.import_module(f"hpcml.cli.{self.modules[cmd_name]}")
         command = getattr(module, f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
@@ -48,14 +55,15 @@ class _Lazy(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise HpcmlError(
-                f"no command {args[0]!r}", allowed=", ".join(COMMANDS), fix=nearest(args[0], COMMANDS) or "hpcml --help"
-            )
+        if args and args[0] not in self.modules and not args[0].startswith("-"):
+            fix = nearest(args[0], self.modules) or f"{ctx.command_path} --help"
+            raise HpcmlError(f"no command {args[0]!r}", allowed=", ".join(self.modules), fix=fix)
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, modules=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, message="hpcml %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error in hpcml itself.")
 def cli(debug: bool) -> None:

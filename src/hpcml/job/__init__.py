@@ -21,6 +21,7 @@ from .schema import (
     STRATEGIES,
     WORK_KEYS,
     WORK_SETTINGS,
+    Data,
     Environment,
     Job,
     Resources,
@@ -31,6 +32,7 @@ from .schema import (
 from .tree import assign, merge_chain, setting, typed_like
 
 __all__ = [
+    "Data",
     "Environment",
     "Job",
     "KERAS_FLAVOURS",
@@ -131,6 +133,7 @@ def from_tree(
         slurm=checks.slurm(check, check.table(tree, "slurm")),
         env=checks.environment(check, check.table(tree, "env")),
         tuning=checks.tuning(check, check.table(tree, "tuning")),
+        data=checks.data(check, check.table(tree, "data")),
         profile=checks.profile(check, tree),
         stall_timeout=checks.stall_timeout(check, tree),
         typed=dict(typed or {}),

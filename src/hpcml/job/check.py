@@ -14,7 +14,9 @@ from .schema import (
     MOST,
     NAME_PATTERN,
     PARAMETER_PATTERN,
+    STAGES,
     STALL_TIMEOUT,
+    Data,
     Environment,
     Resources,
     Scalar,
@@ -82,11 +84,12 @@ class Checker:
         )
         return None
 
-    def choice(self, tree: Mapping[str, Any], key: str, allowed: Sequence[str]) -> str | None:
+    def choice(self, tree: Mapping[str, Any], key: str, allowed: Sequence[str], prefix: str = "") -> str | None:
         value = tree.get(key)
         if value is None or value in allowed:
             return value
         fix = nearest(value, allowed) if isinstance(value, str) else ""
+        key = prefix + key
         self.add(f"{key} = {value!r} is not known", self.origins.get(key, key), ", ".join(allowed), fix)
         return None
 
@@ -186,6 +189,18 @@ def environment(check: Checker, table: Mapping[str, Any]) -> Environment:
         modules=check.strings(table, "modules", "env."),
         vars=dict(variables),
     )
+
+
+def data(check: Checker, table: Mapping[str, Any]) -> Data:
+    """Take up the ``[data]`` table."""
+    check.unknown(table, {f.name for f in fields(Data)}, "data.")
+    source, version = check.text(table, "source", "data."), check.text(table, "version", "data.")
+    if source is None and "source" not in table and table:
+        origin = check.origins.get(f"data.{next(iter(table))}", "data")
+        check.add(
+            "[data] doesn't say which data set", origin, "source: a name below the data folder, or a path with a /"
+        )
+    return Data(source, version, check.choice(table, "stage", STAGES, "data.") or Data.stage)
 
 
 def tuning(check: Checker, table: Mapping[str, Any]) -> Tuning:

@@ -17,6 +17,7 @@ WORK_KEYS = ("notebook", "script", "command")
 MOST = 10**9  # of anything that is counted
 GPU_THREAD_MODES = ("global", "gpu_private", "gpu_shared")  # TensorFlow's TF_GPU_THREAD_MODE
 STALL_TIMEOUT = "00:20:00"  # longer than NCCL's own 10 minutes, shorter than Gloo's 30
+STAGES = ("auto", "always", "never")
 LONGEST_PROFILE = 200  # steps: a profile holds every operation of each of them
 
 
@@ -68,6 +69,24 @@ class Environment:
     python: str | None = None
     modules: tuple[str, ...] = ()
     vars: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set that a job trains on.
+
+    Attributes:
+        source: its name below the site's data folder, or with a ``/`` in it a path relative to the project.
+        version: a tag that DVC's ``source`` has in the project's Git; None for what lies there.
+        stage: whether each node copies it to its own disk first: ``auto`` where that pays, ``always``, ``never``.
+    """
+
+    source: str | None = None
+    version: str | None = None
+    stage: str = "auto"
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.source, self.version)))
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,7 @@ class Job:
     slurm: SlurmOptions = SlurmOptions()
     env: Environment = Environment()
     tuning: Tuning = Tuning()
+    data: Data = Data()
     profile: tuple[int, int] | None = None
     stall_timeout: str = STALL_TIMEOUT
     typed: Mapping[str, str] = field(default_factory=dict)

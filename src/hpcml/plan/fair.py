@@ -22,6 +22,7 @@ def unfair(plans: Mapping[str, Plan]) -> list[Problem]:
     """
     keys: list[tuple[str, dict[str, Any]]] = [
         *((key, {name: plan.effective_params.get(key) for name, plan in plans.items()}) for key in FAIR_PARAMS),
+        ("data set", {name: str(plan.data) for name, plan in plans.items()}),
         ("keras", {name: plan.keras for name, plan in plans.items()}),
         ("precision", {name: plan.precision for name, plan in plans.items()}),
         *_environments(plans),

@@ -71,6 +71,7 @@ def resolve(job: Job, site: Site, facts: Facts = NO_FACTS) -> Plan:
         profile=job.profile,
         stall_s=job.stall_s,
         tuning=tuning,
+        data=job.data,
     )
 
 

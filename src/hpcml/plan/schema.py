@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..job import Environment, Scalar, SlurmOptions, Tuning
+from ..job import Data, Environment, Scalar, SlurmOptions, Tuning
 
 ONE_PROCESS = ("original", "mirrored")
 A_PROCESS_FOR_EACH_GPU = {"ddp": "DistributedDataParallel", "horovod": "Horovod"}
@@ -36,6 +36,7 @@ class Plan:
         notes: what a person should be told once, such as a capped value.
         profile: first and last training step to profile, counted from 1; None for no profile.
         tuning: settings for speed; what is None there is left to its default.
+        data: the data set; empty where the work finds its own.
         stall_s: seconds without a training step after which a run of several ranks is ended; 0 for never.
         origins: for each dotted key, where its value came from.
     """
@@ -67,6 +68,7 @@ class Plan:
     origins: Mapping[str, str] = field(default_factory=dict)
     profile: tuple[int, int] | None = None
     tuning: Tuning = field(default_factory=Tuning)
+    data: Data = field(default_factory=Data)
     stall_s: int = 0
 
     @property
@@ -109,5 +111,6 @@ def from_json(data: Mapping[str, Any]) -> Plan:
         tuple(data["profile"]) if data.get("profile") else None
     )  # plans of before profiles have no such key
     values["tuning"] = Tuning(**(data.get("tuning") or {}))
+    values["data"] = Data(**(data.get("data") or {}))
     values.setdefault("stall_s", 0)
     return Plan(**{f.name: values[f.name] for f in dataclasses.fields(Plan)})
