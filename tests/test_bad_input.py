@@ -702,14 +702,19 @@ def test_no_runs_at_all(desk: Desk, verb: str) -> None:
     desk.refused(verb, "--site", "local", says=("no runs in", "hpcml run JOB"))
 
 
-def test_a_run_on_this_machine_is_not_cancelled_from_elsewhere(desk: Desk) -> None:
+def test_a_run_is_not_cancelled_from_another_machine(desk: Desk) -> None:
     run = a_run(desk)
+    rundir.claim(run)
+    rundir.write_json(run.owner, {**rundir.read_json(run.owner), "host": "node7"})
+    desk.refused("cancel", "--site", "local", says=(f"run {run.id} runs on node7", f"hpcml cancel {run.id} there"))
+
+
+def test_an_interactive_session_is_not_cancelled(desk: Desk) -> None:
+    run = a_run(desk)
+    rundir.write_json(run.plan, {**rundir.read_json(run.plan), "work": "session"})
     rundir.claim(run)  # this process runs it
-    says = (f"run {run.id} is not a Slurm job", "Ctrl-C in its terminal", f"kill {os.getpid()}\n")
+    says = (f"run {run.id} is a process, not a job", "Ctrl-C in its terminal", f"kill {os.getpid()}\n")
     desk.refused("cancel", "--site", "local", says=says)
-    elsewhere = {**rundir.read_json(run.owner), "host": "node7"}
-    rundir.write_json(run.owner, elsewhere)
-    desk.refused("cancel", "--site", "local", says=(f"kill {os.getpid()} on node7",))
 
 
 def test_no_scancel(desk: Desk) -> None:

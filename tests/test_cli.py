@@ -470,6 +470,15 @@ def sleeping(desk: Desk, ranks: int, *words: str) -> tuple[subprocess.Popen[str]
     return process, [int(path.read_text()) for path in pids.iterdir()]
 
 
+def test_a_run_in_another_terminal_is_cancelled_as_by_ctrl_c(desk: Desk) -> None:
+    process, pids = sleeping(desk, 2)
+    assert desk.json("cancel")["cancelled"] is True
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, out + err
+    assert marker(desk.runs[0])["state"] == "CANCELLED"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_ranks(desk: Desk, number: signal.Signals) -> None:
     process, pids = sleeping(desk, 2)

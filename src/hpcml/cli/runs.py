@@ -128,7 +128,7 @@ def _prefix(run: rundir.RunDir, path: Path) -> str:
 @site_option
 @json_option
 def cancel_command(run: str | None, site: str | None, as_json: bool) -> int:
-    """Cancel a run's Slurm job."""
+    """Cancel a run: its Slurm job, or its processes where it runs on this machine."""
     found = rundir.find(show.root_of(site), run)
     before = queue.cancel(found)
     if as_json:

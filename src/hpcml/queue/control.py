@@ -36,10 +36,10 @@ def wait(run: RunDir, tell: Callable[[State], None], poll_s: float = POLL_S) -> 
 
 
 def cancel(run: RunDir) -> State:
-    """Cancel a run's Slurm job; a run that has ended already is left as it is.
+    """Cancel a run's Slurm job, or end the processes that run it on this machine; one that has ended is left as it is.
 
     Raises:
-        HpcmlError: the run has no Slurm job, or scancel refused.
+        HpcmlError: it runs on another machine, it is an interactive session, or scancel refused.
     """
     state = state_of(run)
     if state.is_final:
@@ -66,7 +66,7 @@ def cancel(run: RunDir) -> State:
     elif submitted.get("array"):
         for index in range(int(submitted["array"])):
             cancel(run.child(str(index)))
-    elif plan.get("work") == "function":
+    elif plan.get("work") == "function" or rundir.owner_is_alive(run):
         _end_here(run)
     else:
         raise HpcmlError(f"run {run.id} is not a Slurm job", fix=_by_hand(run))
@@ -83,7 +83,7 @@ def _by_hand(run: RunDir) -> str:
 
 
 def _end_here(run: RunDir) -> None:
-    """End a function on this machine: its processes belong to no terminal. One that had not begun gets its marker here."""
+    """End a run of this machine as Ctrl-C in its terminal does. A function that had not begun gets its marker here."""
     told: set[int] = set()
     while not rundir.read_json(run.status).get("final") and rundir.owner_is_alive(run):
         owner = rundir.read_json(run.owner)
@@ -94,7 +94,7 @@ def _end_here(run: RunDir) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(owner["pid"], signal.SIGTERM)
         time.sleep(POLL_S / 10)
-    if not rundir.read_json(run.status):
+    if rundir.read_json(run.plan).get("work") == "function" and not rundir.read_json(run.status):
         now = time.time()
         marker = {"state": "CANCELLED", "exit_code": 143, "final": True, "reason": "cancelled before it began"}
         rundir.write_json(run.status, {**marker, "started": now, "ended": now, "restarts": 0})
