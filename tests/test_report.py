@@ -19,7 +19,7 @@ import report_samples as samples
 from rich.console import Console
 
 from hpcml import report, rundir
-from hpcml.report import facts, span, tables, terminal
+from hpcml.report import curves, facts, span, tables, terminal
 from hpcml.report.advice import advice
 from hpcml.report.causes import likely_cause
 from hpcml.report.logs import last_lines
@@ -395,6 +395,20 @@ def test_what_was_not_kept_is_told_once(tmp_path: Path) -> None:
     page = report.write(samples.end(run, lost=978)).read_text()
     assert "(no name)" in page
     assert "978 records: they could not be written" in page and "values that are no numbers: lr (2 times)" in page
+
+
+def test_what_was_logged_once_is_told_as_a_number(tmp_path: Path) -> None:
+    run = samples.a_run(tmp_path)
+    writer = samples.Writer(run)
+    writer.write(10.0, "metric", step=1, values={"loss": 0.5, "test_error": 0.0625, "time_to_first_step_s": 2.5})
+    writer.write(11.0, "metric", step=2, values={"loss": 0.4})
+    told = facts.collect(samples.end(run))
+    assert [panel.title for panel in curves.training(told)] == ["Loss"]
+    once = tables.single(told)
+    assert once is not None and [[cell.text for cell in row] for row in once.rows] == [["test_error", "0.0625"]]
+    page = report.write(RunDir(tmp_path, told.id)).read_text()
+    assert "Logged once" in page and "test_error" in page
+    assert shown(RunDir(tmp_path, told.id)).split("Logged once")[1].split()[:2] == ["test_error", "0.0625"]
 
 
 def test_an_empty_directory_has_a_report(tmp_path: Path) -> None:

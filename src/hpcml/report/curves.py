@@ -64,7 +64,10 @@ class Panel:
 
 
 def training(report: Report) -> tuple[Panel, ...]:
-    """Return the panels of what rank 0 logged: throughput, accuracy and loss first, then the work's own metrics."""
+    """Return the panels of what rank 0 logged: throughput, accuracy and loss first, then the work's own metrics.
+
+    A single value is no curve: ``tables.single`` tells it.
+    """
     own = {series.name: series for series in report.metrics if series.rank == 0}
     panels = []
     if "samples_per_s" in own:
@@ -81,7 +84,7 @@ def training(report: Report) -> tuple[Panel, ...]:
         panels.append(
             Panel(title, lines if len(pair) > 1 or pair[0][0] != base else (_named(lines[0], ""),), None, False)
         )
-    return tuple(panel for panel in panels if any(line.times_s for line in panel.lines))[:MOST_PANELS]
+    return tuple(panel for panel in panels if any(len(line.times_s) > 1 for line in panel.lines))[:MOST_PANELS]
 
 
 def _rank_of(name: str) -> int:

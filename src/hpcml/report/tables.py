@@ -10,6 +10,8 @@ from .text_of import MISSING, energy, gib, hours, number, percent, seconds_text
 
 # More rows of epochs than these say nothing that the curves don't.
 MOST_EPOCHS = 25
+# What the cards, and the notes of the table of epochs, tell.
+_TOLD_BY_EPOCH = ("samples_per_s", "epoch_time_s", "step_time_ms", "time_to_first_step_s")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,13 @@ def epochs(report: Report) -> Table | None:
     if report.split is not None and report.split.left_out:
         notes.append(f"The speeds leave out the {report.split.left_out} steps that the profile slowed down.")
     return _table("epochs", title, list(columns), rows, notes)
+
+
+def single(report: Report) -> Table | None:
+    """Return what rank 0 logged just once; None where there is nothing of the kind."""
+    found = [series for series in report.metrics if series.rank == 0 and series.count == 1]
+    rows = [[series.name, number(series.last)] for series in found if series.name not in _TOLD_BY_EPOCH]
+    return _table("single", "Logged once", ["Metric", "Value"], rows)
 
 
 def _table(

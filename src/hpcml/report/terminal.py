@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import comparison
+from . import comparison, tables
 from .advice import REHEARSED, advice
 from .cards import cards, lead, split_note, uses
 from .causes import likely_causes
@@ -86,6 +86,9 @@ def _curves(console: "Console", report: Report) -> None:
             for s in shown
         ]
         _rows(console, rows[: 2 * _MOST_SERIES])
+    if once := tables.single(report):
+        _heading(console, once.title)
+        _rows(console, [[cell.text for cell in row] for row in once.rows])
 
 
 def _name(series: Series, ranks: int) -> str:
