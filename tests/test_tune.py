@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bench import bench_tune
+from test_comparison import a_plan
 
 from hpcml.errors import HpcmlError
 from hpcml.job import Tuning
@@ -80,10 +81,16 @@ def test_executions_are_short_enough_to_stop_between() -> None:
     assert slow and slow.values == (1, 2, 3)  # of at most a second
 
 
-def test_torch_is_not_asked_for_automatic_prefetch() -> None:
-    values = {**START.values, "prefetch": 2}
-    found = axis("prefetch", dataclasses.replace(START, torch=True, values=values))
-    assert found and found.values == (1, 2, 4)
+@pytest.mark.parametrize(
+    ("strategy", "now", "automatic"),
+    [("mirrored", 2, True), ("ddp", 2, False), ("horovod", 2, False), ("horovod", -1, True), (None, 2, False)],
+)
+def test_automatic_prefetch_only_where_the_input_is_known_to_be_tf_data(
+    strategy: str | None, now: int, automatic: bool
+) -> None:
+    start = space.start_of(a_plan("a", strategy), {"tuned.prefetch": now}, 1, 15, 0.02)
+    found = axis("prefetch", start)
+    assert found and (-1 in found.values) == automatic
 
 
 def test_batch_and_gpu_threads_and_precision_only_where_they_are_wanted_and_there() -> None:

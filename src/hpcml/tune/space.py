@@ -55,7 +55,7 @@ class Start:
         step_s: seconds a step.
         values: each setting's value now; only those that the work heeds.
         fixed: settings that a variable of the user's holds, with the variable.
-        torch: whether it is torch's, whose DataLoader knows no automatic prefetch.
+        tf_data: whether its input is tf.data, which can choose the prefetch itself; torch's DataLoader can't.
     """
 
     cores: int
@@ -66,7 +66,7 @@ class Start:
     step_s: float
     values: Mapping[str, Value]
     fixed: Mapping[str, str] = field(default_factory=dict)
-    torch: bool = False
+    tf_data: bool = True
 
 
 def start_of(plan: Plan, facts: Mapping[str, Value], replicas: int, steps: int, step_s: float) -> Start:
@@ -94,7 +94,7 @@ def start_of(plan: Plan, facts: Mapping[str, Value], replicas: int, steps: int, 
         step_s=step_s,
         values=values,
         fixed=fixed,
-        torch=plan.frameworks == ("torch",),
+        tf_data="tensorflow" in plan.frameworks or values.get("prefetch") == -1,
     )
 
 
@@ -174,7 +174,7 @@ def _values(name: str, now: Value, start: Start, precisions: Sequence[str]) -> t
     if name == "data_threads":
         return (0, *powers(1, min(start.cores - 1, MOST_DATA_THREADS))), True
     if name == "prefetch":
-        return tuple(batches for batches in PREFETCH if batches > 0 or not start.torch), True
+        return tuple(batches for batches in PREFETCH if batches > 0 or start.tf_data), True
     if name == "steps_per_execution":
         return powers(1, max(1, min(MOST_STEPS, start.steps, int(MOST_STEPS_S / max(start.step_s, 1e-6))))), True
     if name == "jit_compile":
