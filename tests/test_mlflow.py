@@ -658,6 +658,23 @@ def test_an_artifact_store_that_fails_comes_after_the_points(tmp_path: Path, doo
     assert (sent.points, sent.artifacts) == (0, 6)
 
 
+def test_files_of_the_work_arrive_where_it_said_and_never_over_the_runs_own(tmp_path: Path, server: Server) -> None:
+    run = make_run(tmp_path / "runs", experiment="files of the work")
+    for name in ("curve.png", "tables/all.csv", "plan.json", "model/weights.bin"):
+        path = run.artifacts / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("the work's own")
+    sent = deliver(run, server.uri)
+
+    def read(name: str) -> bytes:
+        with urllib.request.urlopen(f"{server.uri}/get-artifact?path={name}&run_uuid={sent.run_id}") as answer:
+            return bytes(answer.read())
+
+    for name in ("curve.png", "tables/all.csv", "artifacts/plan.json", "artifacts/model/weights.bin"):
+        assert read(name) == b"the work's own"
+    assert read("plan.json") == run.plan.read_bytes()
+
+
 def test_credentials_reach_the_server_and_nobody_else(
     tmp_path: Path, door: Door, capfd: pytest.CaptureFixture[str]
 ) -> None:

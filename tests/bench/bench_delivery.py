@@ -28,6 +28,7 @@ from hpcml import job, plan, site
 from hpcml.rundir import RunDir, create, every, write_json
 from hpcml.tracking import journal
 from hpcml.tracking.mlflow import deliver, is_delivered
+from hpcml.tracking.translate import RUN_TAG
 
 POINTS, MILLION = 100_000, 1_000_000
 METRICS = 10  # of a step
@@ -142,8 +143,8 @@ def _synced(sides: Training, live: str) -> str:
         for record in journal.read(run.events, kinds={"metric"})
         for name, value in record["values"].items()
     }
-    query = """SELECT runs.name, key, step, timestamp, value FROM metrics JOIN runs USING (run_uuid)
-        WHERE key NOT LIKE 'system/%' AND key NOT LIKE 'profile/%'"""
+    query = f"""SELECT tags.value, metrics.key, step, timestamp, metrics.value FROM metrics JOIN tags USING (run_uuid)
+        WHERE tags.key = '{RUN_TAG}' AND metrics.key NOT LIKE 'system/%' AND metrics.key NOT LIKE 'profile/%'"""
     with contextlib.closing(sqlite3.connect(sides.folder / "live.db")) as database:
         there = database.execute(query).fetchall()
     percent = 100 * len(wanted & set(there)) / len(wanted)

@@ -5,7 +5,8 @@ and put back at the end. hpcml has one MLflow run for each job: whatever run a c
 ``MlflowClient`` is captured where it is called with this run's id; other runs it finds at the server as ever.
 
 Otherwise than MLflow's own, ``log_metric`` without a step counts up, for each name from 0, and a second value of a param
-is left out with a warning instead of an exception. Files arrive in MLflow's folder ``artifacts`` of the run.
+is left out with a warning instead of an exception. Files whose names the run has for its own, such as ``plan.json`` or
+``model/``, arrive below ``artifacts/``.
 """
 
 import contextlib

@@ -1,6 +1,5 @@
 """The files of a run that MLflow gets."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +17,29 @@ def send(to: Store, run: RunDir, ledger: Ledger) -> int:
     for path, now in of(run):
         key = str(path.relative_to(run.path))
         if ledger.artifacts.get(key) != now:
-            folder = os.path.dirname(key)
-            to.client.log_artifact(ledger.place["run_id"], str(path), folder or None)
+            to.client.log_artifact(ledger.place["run_id"], str(path), _folder_of(path, run) or None)
             ledger.artifacts[key] = now
             sent += 1
             ledger.save(run)
     return sent
+
+
+def _folder_of(path: Path, run: RunDir) -> str:
+    """Return MLflow's folder of a file: as in the run directory, and what the work logged where the work said.
+
+    Only what has the name of a file or folder of the run's own stays below ``artifacts``: it would take its place.
+    """
+    if run.artifacts in path.parents:
+        inside = path.relative_to(run.artifacts)
+        records = (run.plan, run.script, run.provenance, run.patch, run.packages, run.status, run.comparison)
+        made = (run.notebook(0), run.logs, run.profile, run.model, run.artifacts, run.plots, run.plot, run.report)
+        if inside.parts[0] not in {path.name for path in (*records, *made)}:
+            return _folder(inside)
+    return _folder(path.relative_to(run.path))
+
+
+def _folder(path: Path) -> str:
+    return "" if path.parent == Path() else path.parent.as_posix()
 
 
 def of(run: RunDir) -> Iterator[tuple[Path, list[int]]]:
