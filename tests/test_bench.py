@@ -1,9 +1,11 @@
 """The statistics of the benchmarks: pairs, intervals, verdicts; and that their two sides are the same work."""
 
+import contextlib
 import dataclasses
 import os
 import random
 import re
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from bench import bench_resume, bench_strategies, bench_tune, by_hand, clock, interrupted, pairs, turns
+from bench import bench_delivery, bench_resume, bench_strategies, bench_tune, by_hand, clock, interrupted, pairs, turns
 
 from hpcml import job, rundir
 from hpcml.rundir import RunDir
@@ -385,3 +387,13 @@ def test_help_is_the_header_and_unknown_names_are_refused() -> None:
     assert "scripts/bench [NAME...] [--quick]" in told.stdout and "Exit status" in told.stdout
     refused = subprocess.run([BENCH, "trainig"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "training strategies resume cli engine" in refused.stderr
+
+
+def test_what_arrived_of_the_journals_is_counted_point_by_point(tmp_path: Path) -> None:
+    bench_delivery.prepare(tmp_path / "runs", 50)
+    told = bench_delivery.synced(tmp_path, os.environ)
+    assert told == "After `hpcml sync` of 1 runs the store has 100 % of the 50 points of all journals."
+    with contextlib.closing(sqlite3.connect(tmp_path / "live.db")) as database:
+        database.execute("DELETE FROM metrics WHERE key = 'metric_0' AND step = 3")
+        database.commit()
+    assert "98 % of the 50 points" in bench_delivery.synced(tmp_path, os.environ)

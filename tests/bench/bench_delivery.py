@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -127,16 +128,18 @@ def dead_server(folder: Path, *, quick: bool) -> tuple[pairs.Figure, str]:
             measured.append(pair)
             pairs.progress("dead server", pair, len(measured))
     what = "the training of scripts/bench training with MLflow's server dead throughout, against one with a store."
-    return pairs.Figure("dead server", what, ("dead", "live"), "samples/s", measured, DEAD_BOUND), _synced(sides, live)
+    return pairs.Figure("dead server", what, ("dead", "live"), "samples/s", measured, DEAD_BOUND), synced(
+        folder, sides.environment
+    )
 
 
-def _synced(sides: Training, live: str) -> str:
-    """Deliver all runs to the live store by `hpcml sync` and return what arrived of what the journals hold."""
-    runs = sides.folder / "runs"
+def synced(folder: Path, environment: Mapping[str, str]) -> str:
+    """Deliver the runs below a folder to its `live.db` by `hpcml sync`; return what arrived of what the journals hold."""
+    runs, live = folder / "runs", f"sqlite:///{folder}/live.db"
     missed = [run for run in every(runs) if not is_delivered(run, live)]
-    environment = sides.environment | {"MLFLOW_TRACKING_URI": live}
     words = [HPCML, "sync", "--site", "local", *(run.id for run in missed)]
-    subprocess.run(words, env=environment, cwd=sides.folder, check=True, stdout=sys.stderr, stdin=subprocess.DEVNULL)
+    own = {**environment, "HPCML_RUNS": str(runs), "MLFLOW_TRACKING_URI": live}
+    subprocess.run(words, env=own, cwd=folder, check=True, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     wanted = {
         (run.id, name, record["step"], record["t"], value)
         for run in every(runs)
@@ -145,7 +148,7 @@ def _synced(sides: Training, live: str) -> str:
     }
     query = f"""SELECT tags.value, metrics.key, step, timestamp, metrics.value FROM metrics JOIN tags USING (run_uuid)
         WHERE tags.key = '{RUN_TAG}' AND metrics.key NOT LIKE 'system/%' AND metrics.key NOT LIKE 'profile/%'"""
-    with contextlib.closing(sqlite3.connect(sides.folder / "live.db")) as database:
+    with contextlib.closing(sqlite3.connect(folder / "live.db")) as database:
         there = database.execute(query).fetchall()
     percent = 100 * len(wanted & set(there)) / len(wanted)
     more = f", {len(there) - len(wanted)} too many" if len(there) > len(wanted) else ""
