@@ -194,18 +194,27 @@ def gather_of(strategy: Any) -> Gather:
         return lambda values: [list(values)]
     rank, here = resolver.task_id, strategy.num_replicas_in_sync // world
 
-    def gather(values: Sequence[int]) -> list[list[int]]:
-        import numpy as np
-        import tensorflow as tf
+    import numpy as np
+    import tensorflow as tf
 
+    # strategy.reduce, called from outside a graph, makes a new one each time: 4 ms of a core instead of 1.5.
+    @tf.function  # type: ignore[untyped-decorator]
+    def total(rows: Any) -> Any:
+        def mine(own: Any) -> Any:
+            # What comes from outside lies on no device yet, and all_reduce asks where it is.
+            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(own))
+
+        return strategy.run(mine, args=(rows,))
+
+    def gather(values: Sequence[int]) -> list[list[int]]:
         def mine(context: Any) -> Any:
             rows: Any = np.zeros((world, len(values)), np.int64)
             if context.replica_id_in_sync_group % here == 0:
                 rows[rank] = values
             return tf.constant(rows)
 
-        told = strategy.experimental_distribute_values_from_function(mine)
-        return strategy.reduce(tf.distribute.ReduceOp.SUM, told, axis=None).numpy().tolist()  # type: ignore[no-any-return]
+        told = total(strategy.experimental_distribute_values_from_function(mine))
+        return strategy.experimental_local_results(told)[0].numpy().tolist()  # type: ignore[no-any-return]
 
     return gather
 
