@@ -1,4 +1,4 @@
-"""What kind of file system holds a path."""
+"""What kind of file system holds a path; sizes as people read them."""
 
 import contextlib
 from pathlib import Path
@@ -19,3 +19,11 @@ def file_system(path: Path) -> str:
             if inside and len(mount) >= len(best):
                 best, kind = mount, name
     return kind
+
+
+def size_words(size: float) -> str:
+    """Return a number of bytes as a person reads it, in binary units with two or three digits."""
+    unit = 0
+    while size >= 1000 and unit < 4:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.{0 if size >= 10 or not unit else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
