@@ -12,6 +12,7 @@ import click
 
 from .. import queue, rundir
 from ..errors import DONE, HpcmlError
+from ..filesystem import size_words
 from ..rundir import RunDir
 from . import show
 from .root import json_option, site_option
@@ -74,17 +75,17 @@ def prune_command(
     _tell(root, folders, blocked=len(tops[newest:]) - len(old), as_json=as_json)
     total = sum(folders.values())
     if max_gb is not None and (left := _size(root) - total) > max_gb * 2**30:
-        click.echo(f"{_words(left)} stay in {root}: nothing more of it may go", err=True)
+        click.echo(f"{size_words(left)} stay in {root}: nothing more of it may go", err=True)
     if not folders or dry_run:
         return DONE
     if not yes:
-        _confirm(f"delete these {_words(total)} from {root}?")
+        _confirm(f"delete these {size_words(total)} from {root}?")
     for path in folders:
         _remove(path)
     tuned = sum(map(_is_tuning, doomed))
     counts = ((len(doomed) - tuned, "run"), (tuned, "tuning"))
     gone = " and ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts if count or what == "run")
-    click.echo(f"deleted {gone}, {_words(total)}", err=as_json)
+    click.echo(f"deleted {gone}, {size_words(total)}", err=as_json)
     return DONE
 
 
@@ -195,7 +196,7 @@ def _tell(root: Path, folders: dict[Path, int], *, blocked: int, as_json: bool) 
     if as_json:
         show.echo_json([{"path": str(path), "bytes": size} for path, size in folders.items()])
     for path, size in () if as_json else folders.items():
-        click.echo(f"{path.relative_to(root)}  {_words(size)}")
+        click.echo(f"{path.relative_to(root)}  {size_words(size)}")
     if blocked:
         text = "older run is" if blocked == 1 else "older runs are"
         click.echo(f"{blocked} {text} kept: not ended, or not delivered (hpcml sync --all)", err=True)
@@ -210,11 +211,3 @@ def _remove(path: Path) -> None:
         return
     except OSError as error:
         raise HpcmlError(f"{path} can't be deleted: {error.strerror}", fix="see who owns what is left in it") from None
-
-
-def _words(size: float) -> str:
-    """Bytes as a person reads them."""
-    unit = 0
-    while size >= 1000 and unit < 4:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.{0 if size >= 10 or not unit else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
