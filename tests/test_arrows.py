@@ -159,6 +159,13 @@ ROOMS: list[tuple[str, set[str], set[str] | None, set[str] | None]] = [
     ("data knows the leaf", {"data"}, None, LEAF | {"data"}),
     ("a launcher knows no command", {"launch"}, {"cli", "compare", "preflight", "report"}, None),
     ("tuning starts runs and reads their journals", {"tune"}, None, LEAF | {"tune", "launch", "node"}),
+    (
+        "a chain starts runs, reads their states, registers and reports",
+        {"pipeline"},
+        None,
+        LEAF | {"pipeline", "steps", "launch", "queue", "tracking", "report", "data", "node.devices", "node.topology"},
+    ),
+    ("a step knows the others by their run directories", {"steps"}, None, LEAF),
     # a Future asks for its run's state, so the queue must not know launchers
     ("the queue asks Slurm and run directories only", {"queue"}, None, LEAF | {"queue"}),
     (
@@ -223,5 +230,5 @@ def test_a_command_imports_no_framework_before_it_runs(module: str) -> None:
 
 def test_every_module_has_a_place() -> None:
     known = {*LEAF, "node", "launch", "run", "starting", "training", "notebook", "data", "tracking", "report", "cli"}
-    known |= {"queue", "compare", "tune", "preflight", "bare", "__main__", ""}
+    known |= {"queue", "pipeline", "steps", "compare", "tune", "preflight", "bare", "__main__", ""}
     assert [module for module in FILES if not within(module, known)] == []

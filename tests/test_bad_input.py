@@ -747,7 +747,7 @@ def typed(desk: Desk, *words: str, **more: str) -> subprocess.CompletedProcess[s
         (["stauts"], "did you mean 'status'?"),
         (
             ["run", "--jsn", "good.toml"],
-            "hpcml: no option '--jsn'\n  allowed: -p, --param, --set, --site, --json, --help\n",
+            "hpcml: no option '--jsn'\n  allowed: -p, --param, --set, --step, --from, --of, --site, --json, --help\n",
         ),
         (["run", "--jsn", "good.toml"], "fix: did you mean '--json'?"),
         (["run", "--zzz", "good.toml"], "fix: hpcml run --help"),

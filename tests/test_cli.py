@@ -282,6 +282,7 @@ def test_words_of_a_command_and_variables_arrive_unchanged(desk: Desk) -> None:
         ("slurm.account='1234'", "--account=1234"),
         ("slurm.constraint=[a|b]", "--constraint=[a|b]"),
         ("resources.nodes=2", "--nodes=2"),
+        ("slurm.max_requeues=2", "--requeue"),
         ('slurm.extra=["--exclusive"]', "--exclusive"),
         ("name=2026-11-01", "--job-name=2026-11-01"),
     ],

@@ -88,7 +88,7 @@ def test_the_split_of_a_seed_stays_what_it_is(place: Path) -> None:
     [
         (
             lambda at: None,
-            r"no folder at .*/flowers\n(?s:.*)mkdir -p .*/flowers && curl -fL https://.*/flower_photos.tgz \| tar",
+            r"no folder at .*/flowers\n(?s:.*)where there is a network: hpcml data fetch flowers; or set HPCML_DATA",
         ),
         (lambda at: at.write_text("x"), "flowers is no folder"),
         (lambda at: at.mkdir(), r"no images in the folders of .*/flowers\n  allowed: one folder for each class"),
@@ -117,6 +117,10 @@ def test_what_is_no_folder_of_images_is_told_with_what_to_do(place: Path, make: 
 def test_an_unknown_name_and_none_at_all(place: Path) -> None:
     with pytest.raises(HpcmlError, match=r"no folder at .*/trees\n(?s:.*)a path has a /"):
         images.load("trees")
+    (place / "birches").mkdir()
+    for near, meant in (("birchs", "birches"), ("flower", "flowers")):
+        with pytest.raises(HpcmlError, match=f"did you mean '{meant}'"):
+            images.load(near)
     with pytest.raises(HpcmlError, match="no name and no path"):
         images.load("")
 
@@ -174,7 +178,7 @@ def test_published_weights_lie_in_the_data_folder(place: Path, capsys: pytest.Ca
     assert images.pretrained("imagenet") is None
     told = capsys.readouterr().err
     assert told.startswith(f"hpcml: warning: no pretrained weights at {path}: the network starts from random weights")
-    assert f"curl -fL --create-dirs -o {path} https://" in told and told.rstrip().endswith(images.RESNET50)
+    assert told.rstrip().endswith("fix: where there is a network: hpcml data fetch resnet50")
     path.parent.mkdir()
     path.write_bytes(b"\x89HDF\r\n\x1a\n and so on")
     assert images.pretrained("imagenet") == str(path) == images.pretrained(str(path))
@@ -359,7 +363,7 @@ def test_without_the_file_it_trains_from_random_weights_and_says_so(full: tuple[
 
 @needs_all
 def test_without_images_the_job_says_where_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"no folder at .*/none/flowers(?s:.*)flower_photos.tgz"):
+    with pytest.raises(AssertionError, match=r"no folder at .*/none/flowers(?s:.*)hpcml data fetch flowers"):
         train("original", tmp_path / "none", tmp_path / "runs")
 
 

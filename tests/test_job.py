@@ -227,8 +227,10 @@ def test_a_number_as_python_prints_it_is_read_back(value: object) -> None:
 def test_set_reaches_into_tables_and_makes_them(tmp_path: Path) -> None:
     path = write(tmp_path, "j.toml", WORK + "[resources]\nnodes = 1\n")
     settings = {"resources.nodes": "2", "slurm.partition": "gpu", "slurm.extra": '["--x"]', "env.vars.A": "'1'"}
+    settings |= {"slurm.max_requeues": "2", "tuning.prefetch": "-1", "tuning.jit_compile": "true"}
     loaded = job.load(path, None, settings)
     assert (loaded.resources.nodes, loaded.slurm.partition, loaded.slurm.extra) == (2, "gpu", ("--x",))
+    assert (loaded.slurm.max_requeues, loaded.tuning.prefetch, loaded.tuning.jit_compile) == (2, -1, True)
     assert loaded.env.vars == {"A": "1"}
     assert loaded.origins["resources.nodes"] == "--set resources.nodes"
 

@@ -192,6 +192,16 @@ def test_what_slurm_says_goes_before_what_the_log_says(tmp_path: Path) -> None:
     assert cause is not None and "memory" in cause.what
 
 
+def test_what_the_others_say_of_a_killed_rank_is_not_the_cause(tmp_path: Path) -> None:
+    run = samples.a_run(tmp_path, "mnist-ddp", "ddp", tasks_per_node=2)
+    run.log(0).write_text("RuntimeError: Connection reset by peer\n")
+    for rank in (0, 1):
+        samples.Writer(run, rank).write(1.0, "metric", step=1, values={"loss": 0.5})
+    samples.end(run, "FAILED", exit_code=137, failed_rank=1, reason="killed by SIGKILL")
+    cause = likely_cause(facts.collect(run))
+    assert cause is not None and "SIGKILL" in cause.what and "of rank 1" in cause.evidence
+
+
 def test_a_completed_run_has_no_cause(tmp_path: Path) -> None:
     run = samples.end(samples.log(samples.a_run(tmp_path), ["ValueError: caught and fine"]))
     assert likely_cause(facts.collect(run)) is None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpcml import rundir
+from hpcml.errors import HpcmlError
+from hpcml.launch import resume as launch_resume
 from hpcml.node import batch
 from hpcml.rundir import RunDir
 from hpcml.slurm import commands
@@ -69,6 +73,43 @@ def test_without_progress_or_too_often_it_ends(tmp_path: Path) -> None:
     assert not batch.goes_on(a_run(tmp_path / "d", kept=2, requeues=2), marker(137, None, restarts=2))
     assert not batch.goes_on(a_run(tmp_path / "e", requeues=0), marker(137, None))
     assert not batch.goes_on(a_run(tmp_path / "f", work="function"), marker(137, None))
+
+
+@pytest.mark.parametrize(
+    ("after_s", "requeues", "state"),
+    [(1680, 2, "TIMEOUT"), (1620, 2, "TIMEOUT"), (60, 2, "CANCELLED"), (1680, 0, "CANCELLED")],
+)
+def test_a_run_whose_requeues_are_used_up_says_so(tmp_path: Path, after_s: int, requeues: int, state: str) -> None:
+    run = a_run(tmp_path, requeues=requeues, time_s=1800)
+    rundir.write_json(run.stop, {"signal": "SIGUSR2", "time": 1000.0 + after_s, "restart": 2})
+    told = marker(75, "SIGUSR2", restarts=2) | {
+        "state": "CANCELLED",
+        "started": 1000.0,
+        "reason": "stopped after step 75",
+    }
+    rundir.write_json(run.status, told)
+    ended = batch.out_of_time(run, told)
+    assert ended["state"] == state == rundir.read_json(run.status)["state"]
+    assert ("requeues that it may have (max_requeues) are used up" in ended["reason"]) == (state == "TIMEOUT")
+
+
+def test_two_resume_a_run_at_once_and_one_of_them_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCML_RESUMED", "0")  # put back at the end
+    run = a_run(tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    began = threading.Barrier(2)
+
+    def once(_: int) -> str:
+        began.wait()
+        try:
+            launch_resume.begin(run, None)  # type: ignore[arg-type]
+        except HpcmlError as error:
+            return str(error)
+        return "goes on"
+
+    with ThreadPoolExecutor(2) as pool:
+        told = sorted(pool.map(once, range(2)))
+    assert told[0] == "goes on" and "has not ended: it is RUNNING" in told[1]
 
 
 def resume(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from .errors import HpcmlError, Problem
 from .interpreter import need_python, python_of
 from .launch import local
 from .launch import slurm as launch_slurm
-from .launch.prepare import needs_framework, remedy
+from .launch.prepare import needs_framework, remedy, with_data
 from .node import batch
 from .plan import Plan, unfair
 from .rundir import RunDir
@@ -112,6 +112,7 @@ def _with_build(plan: Plan, problem: Problem) -> Problem:
 
 def start_here(parent: Plan, plans: Sequence[Plan], site: Site) -> RunDir:
     """Make the run directories of a comparison that runs here."""
+    plans = [with_data(plan) for plan in plans]
     run = rundir.create(rundir.runs_root(site, Path(parent.project)), parent.name)
     try:
         rundir.write_json(run.plan, parent.to_json())

@@ -54,6 +54,8 @@ def check(ready: Prepared) -> list[Finding]:
     if site.scheduler == "slurm":
         found.append(_start_estimate(ready))
     found += _folders(site, Path(plan.project))
+    if plan.data.source:
+        found.append(_data(plan))
     needed = ["hpcml", *(["papermill", "ipykernel"] if plan.work == "notebook" else [])]
     return [*found, _environment(plan, [*needed, *plan.frameworks])]
 
@@ -207,6 +209,22 @@ def _folders(site: sites.Site, project: Path) -> Iterator[Finding]:
     from .tracking.store import parse
 
     yield Finding("mlflow", "good", f"metrics go to {parse(store).shown}")
+
+
+def _data(plan: Plan) -> Finding:
+    """Where the job's data set is; a version that isn't there yet is pulled by ``hpcml submit`` and ``hpcml run``."""
+    from .data.versions import jobs
+
+    try:
+        if not plan.data.version:
+            return Finding("data", "good", f"{plan.data} at {jobs.unversioned(plan)}")
+        pointer, folder, held = jobs.is_there(plan)
+    except HpcmlError as error:
+        return Finding("data", "bad", error.problems[0].what, error.problems[0].fix or error.problems[0].allowed)
+    what = f"{plan.data} ({pointer.short}), {pointer.files:,} files"
+    if held:
+        return Finding("data", "good", f"{what} at {folder}")
+    return Finding("data", "note", f"{what}: not here yet; submit and run pull it", jobs.command(plan))
 
 
 def _environment(plan: Plan, needed: list[str]) -> Finding:

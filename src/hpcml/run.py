@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import bare
+from . import bare, steps
 from .errors import HpcmlError, nearest
 from .job import WORK_SETTINGS, Scalar
 from .node import exits
@@ -73,6 +73,14 @@ class Run:
             metrics["(no name)"] = at[1:]  # type: ignore[assignment]  # no number: it is told of, and left out
         self._logged = metrics
         return self.journal.metric(step, metrics)  # type: ignore[arg-type]  # None is told of too
+
+    def step(self, name: str) -> RunDir:
+        """Return the run directory of a step that comes before this one in its chain: ``.path``, ``.model``, ``.artifacts``.
+
+        Raises:
+            HpcmlError: no such step before this one, or this run is no step of a chain.
+        """
+        return steps.find(name)
 
     def tuned(self, **defaults: Any) -> dict[str, Any]:
         """Return settings for the speed of input and training step: the job's ``[tuning]``, else the defaults given here.

@@ -5,18 +5,20 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import job as jobs
-from .. import rundir
+from .. import pipeline, rundir
 from ..errors import DONE, INTERRUPTED, HpcmlError
 from ..launch.prepare import Prepared, needs_framework, prepare
-from .root import json_option, site_option
+from .root import json_option, site_option, steps_options
 
 if TYPE_CHECKING:
+    from ..pipeline.ready import Ready
     from . import show
 
 
@@ -41,6 +43,16 @@ params_option = click.option(
 set_option = click.option(
     "--set", "settings", multiple=True, type=_Pair(), help="Set a key of the job: table.key=value."
 )
+
+
+def _is_chain(job: Path, only: Sequence[str] = (), start: str | None = None, of: str | None = None) -> bool:
+    found = pipeline.is_chain(job)
+    if (only or start or of) and not found:
+        option = "--step" if only else "--from" if start else "--of"
+        raise HpcmlError(
+            f"{job} has no steps", origin=option, fix="a chain is a file with [[steps]]: jobs/retrain.toml"
+        )
+    return found
 
 
 @click.command("init")
@@ -95,9 +107,22 @@ time           = "00:30:00"
 @job_argument
 @params_option
 @set_option
+@steps_options
 @site_option
-def render_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], site: str | None) -> int:
-    """Print the batch script of a job."""
+def render_command(
+    job: Path,
+    params: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    only: tuple[str, ...],
+    start: str | None,
+    of: str | None,
+    site: str | None,
+) -> int:
+    """Print the batch script of a job, or those of a chain's steps."""
+    if _is_chain(job, only, start, of):
+        from . import chain
+
+        return chain.render(chain.prepared(job, site, params, settings, only, start, of, ask_queue=False)[0])
     from ..launch import sbatch
 
     ready = prepare(job, site, dict(params), dict(settings), ask_queue=False)
@@ -115,6 +140,10 @@ def check_command(
     job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], site: str | None, as_json: bool
 ) -> int:
     """Preflight: limits, start estimate, file systems, environment; nothing is created or submitted."""
+    if _is_chain(job):
+        from . import chain
+
+        return chain.check(chain.prepared(job, site, params, settings, (), None, None)[0], as_json)
     from ..preflight import check
     from . import show
 
@@ -125,10 +154,26 @@ def check_command(
 @job_argument
 @params_option
 @set_option
+@steps_options
 @site_option
 @json_option
-def run_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], site: str | None, as_json: bool) -> int:
-    """Run a job here and now, in the foreground: on this machine, or inside an allocation."""
+def run_command(
+    job: Path,
+    params: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    only: tuple[str, ...],
+    start: str | None,
+    of: str | None,
+    site: str | None,
+    as_json: bool,
+) -> int:
+    """Run a job here and now, in the foreground: on this machine, or inside an allocation; a chain step by step."""
+    if _is_chain(job, only, start, of):
+        from . import chain
+
+        found, root = chain.prepared(job, site, params, settings, only, start, of, here=True)
+        needs_allocation(found)
+        return chain.run(found, root, as_json)
     from ..launch import local
     from ..tracking import follow
 
@@ -147,6 +192,7 @@ def run_command(job: Path, params: tuple[Any, ...], settings: tuple[Any, ...], s
 @job_argument
 @params_option
 @set_option
+@steps_options
 @site_option
 @json_option
 @click.option("--wait", is_flag=True, help="Wait for the end and show progress; Ctrl-C leaves the job.")
@@ -155,12 +201,20 @@ def submit_command(
     job: Path,
     params: tuple[Any, ...],
     settings: tuple[Any, ...],
+    only: tuple[str, ...],
+    start: str | None,
+    of: str | None,
     site: str | None,
     as_json: bool,
     wait: bool,
     dry_run: bool,
 ) -> int:
-    """Queue a job; prints run and job id."""
+    """Queue a job; prints run and job id. A chain becomes a job for each step, each waiting for those that it needs."""
+    if _is_chain(job, only, start, of):
+        from . import chain
+
+        found, root = chain.prepared(job, site, params, settings, only, start, of)
+        return chain.render(found) if dry_run else chain.submit(found, root, as_json, wait=wait)
     # Slurm's answer takes as long as importing these: both at once.
     threading.Thread(target=importlib.import_module, args=("hpcml.launch.slurm",), daemon=True).start()
     ready = prepare(job, site, dict(params), dict(settings))
@@ -215,7 +269,7 @@ def announce(ready: Prepared, what: str, *, to_stderr: bool) -> None:
         click.echo(f"  note: {note}", err=to_stderr)
 
 
-def needs_allocation(ready: Prepared) -> None:
+def needs_allocation(ready: "Prepared | Ready") -> None:
     """Refuse to run at a cluster's site outside an allocation."""
     if ready.site.scheduler == "slurm" and not os.environ.get("SLURM_JOB_ID"):
         raise HpcmlError(

@@ -2,7 +2,7 @@
 
 import click
 
-from .. import rundir
+from .. import queue, rundir
 from ..errors import DONE
 from ..launch import local, resume
 from ..tracking import follow
@@ -19,9 +19,15 @@ from .root import json_option, site_option
 def resume_command(run: str | None, wait: bool, site: str | None, as_json: bool) -> int:
     """Let an ended run go on from its checkpoint: RUN is a run id, a Slurm id, or left out for the newest.
 
-    The code is the run's own, as it was submitted. A run of the queue is queued again, another one runs here.
+    A chain goes on from the steps that did not complete. The code is the run's own, as it was submitted. A run of the
+    queue is queued again, another one runs here.
     """
     found = rundir.find(show.root_of(site), run)
+    whole = (queue.chain_of(found) or (found,))[0]
+    if queue.is_chain(whole):
+        from . import chain
+
+        return chain.resume(whole, as_json, wait=wait)
     plan = resume.ready(found)
     step = rundir.kept_at(found)[1]
     job_id = resume.begin(found, plan)

@@ -137,3 +137,18 @@ def site_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def steps_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--step``, ``--from`` and ``--of``."""
+    for words in (
+        click.option(
+            "--of", metavar="RUN", help="Of a chain: the run whose earlier steps count; default: the newest that fits."
+        ),
+        click.option("--from", "start", metavar="STEP", help="Of a chain: this step and those after it."),
+        click.option(
+            "--step", "only", metavar="STEP", multiple=True, help="Of a chain: this step alone; may be repeated."
+        ),
+    ):
+        command = words(command)
+    return command

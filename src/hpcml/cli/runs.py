@@ -38,18 +38,30 @@ def status_command(run: str | None, site: str | None, as_json: bool) -> int:
     """Show a run's state: RUN is a run id, a Slurm id, or left out for the newest."""
     found = rundir.find(show.root_of(site), run)
     state = queue.state_of(found)
-    if as_json:
+    if as_json and queue.is_chain(found):
+        from . import chain
+
+        show.echo_json(chain.as_data(found, state))
+    elif as_json:
         show.echo_json(vars(state) | {"path": str(found.path)})
     else:
         if state.is_final:  # of a killed run nobody has made one yet
             report.ensure(found, state=state.name, reason=state.reason)
-        click.echo(show.summary(found, state))
+        click.echo(_summary(found, state))
         from ..tracking.mlflow import is_delivered
 
         some = "not all delivered" if found.delivered.exists() else "not delivered"
         where = "delivered" if is_delivered(found, state=state.name) else f"{some}: hpcml sync {found.id}"
         show.tell_places(found, where if state.is_final else "")
     return DONE
+
+
+def _summary(run: rundir.RunDir, state: queue.State) -> str:
+    if not queue.is_chain(run):
+        return show.summary(run, state)
+    from . import chain
+
+    return chain.summary(run, state)
 
 
 @click.command("logs")
@@ -162,6 +174,12 @@ def sync_command(runs: tuple[str, ...], everything: bool, site: str | None, as_j
         wanted = [rundir.find(root, reference) for reference in runs or (None,)]
     from ..tracking.mlflow import noted
 
+    for run in wanted:
+        if queue.is_chain(run) and not rundir.read_json(run.status).get("final"):
+            from . import chain
+
+            for words in chain.settle(run):
+                click.echo(words, err=as_json)
     new = [
         run for run, state in zip(wanted, queue.states_of(wanted)[0], strict=True) if not show.is_delivered(run, state)
     ]

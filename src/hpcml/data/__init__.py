@@ -1,9 +1,10 @@
-"""Data sets for notebooks and examples, as NumPy arrays: ``load("mnist")``, or a path to an ``.npz`` file.
+"""Data sets: ``open("flowers")`` for folders of samples, packed or not; ``load("mnist")`` for arrays, offline.
 
 NumPy is imported on first use: the core of hpcml runs without it.
 """
 
 import hashlib
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,27 @@ from . import images as images  # hpcml.data.images: folders of images, weights 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .collection import Collection as Collection
+    from .collection import open as open
+
     Split = tuple[NDArray[Any], NDArray[Any]]
 
 NAMES = ("mnist",)
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _WANTED = f"{', '.join(NAMES)}, or a path to an .npz file that holds {', '.join(ARRAYS)}"
+
+
+_LAZY = ("open", "Collection")  # of .collection, which a login node doesn't need
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(".collection", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]
 
 
 def load(name: str, seed: int = 123) -> "tuple[Split, Split]":

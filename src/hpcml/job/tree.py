@@ -22,7 +22,7 @@ def merge_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
         chain = " → ".join(p.name for p in (*seen[seen.index(real) :], real))
         raise HpcmlError(f"the bases form a cycle: {chain}", origin=f"{path}: base", fix="remove one `base` line")
     tree = _read(path, named_by=seen[-1] if seen else None)
-    origins = {key: f"{path}: {key}" for key in _dotted(tree)}
+    origins = {key: f"{path}: {key}" for key in dotted(tree)}
     base = tree.pop("base", None)
     if base is None:
         return tree, origins
@@ -38,7 +38,7 @@ def merge_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
             below_origins.pop(key, None)
     below.pop("name", None)  # each file names its own job, by default after itself
     below_origins.pop("name", None)
-    return _merge(below, tree), {**below_origins, **origins}
+    return merge(below, tree), {**below_origins, **origins}
 
 
 def _read(path: Path, named_by: Path | None) -> dict[str, Any]:
@@ -88,20 +88,22 @@ def _near(path: Path) -> str:
     return f"did you mean {found[match[0]]!r}?" if match else ""
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one tree of keys over another: tables key by key, everything else is replaced."""
     merged = dict(below)
     for key, value in above.items():
         both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_tables else value
+        merged[key] = merge(merged[key], value) if both_tables else value
     return merged
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return every key of a tree, those in tables as ``table.key``."""
     keys = []
     for key, value in tree.items():
         keys.append(prefix + key)
         if isinstance(value, dict):
-            keys += _dotted(value, f"{prefix}{key}.")
+            keys += dotted(value, f"{prefix}{key}.")
     return keys
 
 
@@ -138,7 +140,8 @@ def _literal(text: str) -> Any:
 def setting(key: str, text: str) -> Any:
     """Return a ``--set`` value: a TOML literal where it is one; text that only looks like a number or a time stays text."""
     value = _literal(text)
-    counted = key.startswith("params.") or (key.startswith("resources.") and key != "resources.time")
+    counted = key.startswith(("params.", "resources.", "tuning.", "profile.")) or key == "slurm.max_requeues"
+    counted = counted and key != "resources.time"
     kinds = (str, int, float, list, dict) if counted else (str, list, dict)
     return value if isinstance(value, kinds) else text
 

@@ -31,6 +31,7 @@ from ..slurm import commands
 from . import sbatch, slurm
 from .calls import Call, name_of, pack
 from .future import Future, RemoteError
+from .prepare import with_data
 
 __all__ = ["Future", "RemoteError", "map_functions", "submit"]
 
@@ -120,6 +121,7 @@ def _job_of(function: str, job: str | Path | Job | None) -> Job:
 
 def _queued(decided: Plan, where: Site, calls: Sequence[Call], *, array: bool) -> tuple[RunDir, list[str]]:
     """Make the run directories, queue the calls, and note what became of them; on a refusal nothing stays."""
+    decided = with_data(decided)
     run = rundir.create(rundir.runs_root(where, Path(decided.project)), decided.name)
     members = [run.child(str(index)).make() for index in range(len(calls))] if array else [run]
     try:

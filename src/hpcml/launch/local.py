@@ -18,6 +18,7 @@ from ..node import batch, bootstrap, topology
 from ..plan import Plan
 from ..rundir import RunDir
 from ..slurm import commands
+from .prepare import with_data
 
 # After TERM the ranks have this long before KILL: a little more than a worker gives its child.
 GRACE_S = 25
@@ -27,9 +28,10 @@ def make(plan: Plan, root: Path) -> RunDir:
     """Make the run directory of a plan that is to run here; nothing stays behind where that fails.
 
     Raises:
-        HpcmlError: its Python is not there, or the project can't be copied.
+        HpcmlError: its Python is not there, its data can't be had, or the project can't be copied.
     """
     need_python(plan)
+    plan = with_data(plan)
     run_dir = rundir.create(root, plan.name)
     try:
         provision.fill(run_dir, plan)

@@ -65,6 +65,21 @@ def prepare(
     return Prepared(decided, where, why, {"params": dict(params or {}), "settings": dict(settings or {})})
 
 
+def with_data(plan: Plan) -> Plan:
+    """Return a plan whose ``[data] version`` is laid out for the nodes to read, pulled where it wasn't yet.
+
+    Raises:
+        HpcmlError: no such version, or it can't be had; nothing of a run has been made yet.
+    """
+    if not plan.data.version:
+        return plan
+    from ..data.versions import jobs
+    from ..data.versions.progress import shown
+
+    with shown() as (progress, say):
+        return jobs.bring(plan, progress, say)
+
+
 def needs_framework(plan: Plan) -> None:
     """Refuse a job whose strategy needs a framework that its Python lacks, before anything is made.
 

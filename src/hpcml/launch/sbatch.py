@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import HpcmlError
 from ..job import clock
-from ..plan import Plan
+from ..plan import Plan, warning_s
 from ..site import Site
-
-# Before the time limit, in seconds, that ranks are warned. Slurm may do it up to 60 s earlier (sbatch(1), --signal).
-SIGNAL_S = 120
 
 _HEADER = """\
 #!/bin/bash
@@ -94,6 +91,18 @@ exit "$code"
 """
 
 
+# A step of a chain knows its run directory from who submitted it, and others from there.
+_STEP = """
+if [ -z "${{HPCML_SUBMITTED:-}}" ]; then
+  echo "hpcml: this is a step of a chain, and hpcml alone knows the runs of the others" >&2
+  echo "  fix: hpcml submit {job} --step {step}" >&2
+  exit 2
+fi
+unset HPCML_SUBMITTED
+unpack
+"""
+
+
 _COMPARISON = """
 unset HPCML_SUBMITTED
 worst=0
@@ -130,19 +139,31 @@ def render(plan: Plan, site: Site, overrides: Mapping[str, Mapping[str, str]] | 
     Raises:
         HpcmlError: the site has no queue.
     """
-    _needs_queue(site)
     given = {key: dict(values) for key, values in (overrides or {}).items() if values}
     quoted = f" \\\n    --overrides {shlex.quote(json.dumps(given))}" if given else ""
     job = shlex.quote(plan.job_file or "")
+    opening = _OPEN.format(job=job, site=shlex.quote(site.name), overrides=quoted)
+    return _job(plan, site, _find(plan), opening)
+
+
+def render_step(plan: Plan, site: Site, step: str) -> str:
+    """Return the batch script of one step of a chain; ``hpcml submit`` has made its run directory."""
+    opening = _STEP.format(job=shlex.quote(plan.job_file or ""), step=shlex.quote(step))
+    return _job(plan, site, "", opening)
+
+
+def _job(plan: Plan, site: Site, find: str, opening: str) -> str:
+    """The script of one run: ``find`` finds the project, ``opening`` the run directory."""
+    _needs_queue(site)
     return "".join(
         [
             _HEADER.format(title=f"{plan.name}: {' '.join(plan.target)}, for the site {site.name}".replace("\n", " ")),
             *directives(plan),
-            _ENVIRONMENT.format(find=_find(plan), runs=_shell_path(site.runs)),
+            _ENVIRONMENT.format(find=find, runs=_shell_path(site.runs)),
             _modules(plan),
             _PYTHON.format(candidates=_candidates(plan)),
             _UNPACK,
-            _OPEN.format(job=job, site=shlex.quote(site.name), overrides=quoted),
+            opening,
             _RUN.format(srun=_srun(plan)),
         ]
     )
@@ -217,7 +238,7 @@ def _again(plan: Plan) -> list[tuple[str, object]]:
     """What lets a job be requeued: a warning to its steps before the time limit, and a log that is not begun anew."""
     if not plan.slurm.max_requeues:
         return []
-    return [("requeue", ""), ("open-mode", "append"), ("signal", f"USR2@{min(SIGNAL_S, plan.time_s // 2)}")]
+    return [("requeue", ""), ("open-mode", "append"), ("signal", f"USR2@{warning_s(plan.time_s)}")]
 
 
 def _given(value: object) -> str:

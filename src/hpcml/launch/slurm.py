@@ -14,6 +14,7 @@ from ..rundir import RunDir
 from ..site import Site
 from ..slurm import commands
 from . import sbatch
+from .prepare import with_data
 
 
 def submit(plan: Plan, site: Site, script: str) -> tuple[RunDir, int]:
@@ -28,7 +29,8 @@ def submit(plan: Plan, site: Site, script: str) -> tuple[RunDir, int]:
     Raises:
         HpcmlError: sbatch refused; the run directory is removed again.
     """
-    _find_sbatch()
+    find_sbatch()
+    plan = with_data(plan)
     root = rundir.runs_root(site, Path(plan.project))
     run = rundir.create(root, plan.name)
     try:
@@ -41,7 +43,8 @@ def submit(plan: Plan, site: Site, script: str) -> tuple[RunDir, int]:
 
 def submit_comparison(parent: Plan, plans: Sequence[Plan], site: Site) -> tuple[RunDir, int]:
     """Queue a comparison as one job; each variant has its own run directory below the parent's."""
-    _find_sbatch()
+    find_sbatch()
+    plans = [with_data(plan) for plan in plans]
     root = rundir.runs_root(site, Path(parent.project))
     run = rundir.create(root, parent.name)
     try:
@@ -63,8 +66,11 @@ def environment_for(run: RunDir, plan: Plan, environment: Mapping[str, str] | No
     return {name: value for name, value in outer.items() if name != "CUDA_VISIBLE_DEVICES"} | own
 
 
-def queue(run: RunDir, plan: Plan, script: str) -> int:
+def queue(run: RunDir, plan: Plan, script: str, options: Sequence[str] = ()) -> int:
     """Submit a script from a run's directory, which keeps it; returns Slurm's job id.
+
+    Args:
+        options: further ones of sbatch.
 
     Raises:
         HpcmlError: sbatch refused.
@@ -72,14 +78,15 @@ def queue(run: RunDir, plan: Plan, script: str) -> int:
     rundir.write_bytes(run.script, script.encode())
     folder = str(run.logs).replace("%", "%%")  # sbatch(1), FILENAME PATTERN
     output = f"--output={folder}/slurm-%j.out"
-    job_id = commands.submit(run.script, environment_for(run, plan), Path(plan.project), [output])
+    job_id = commands.submit(run.script, environment_for(run, plan), Path(plan.project), [output, *options])
     rundir.write_json(
         run.submitted, {"slurm_job_id": job_id, "submitted": time.time(), "cluster": commands.cluster_name()}
     )
     return job_id
 
 
-def _find_sbatch() -> None:
+def find_sbatch() -> None:
+    """Refuse to go on where there is no Slurm."""
     if not shutil.which("sbatch"):
         raise HpcmlError(
             "sbatch is not on PATH: no Slurm here",

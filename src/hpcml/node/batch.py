@@ -19,6 +19,7 @@ from ..rundir import RunDir
 from ..slurm import commands
 from . import ending
 
+_EARLY_S = 75  # a minute that Slurm may warn too early, and what passes between the job's start and its ranks'
 # The last delivery of a job that delivers itself: the end marker and the files. What is late stays for `hpcml sync`.
 FINAL_DELIVERY_S = 60
 _STATES = {0: "COMPLETED", STOPPED: "CANCELLED"}  # it was asked to stop, and did
@@ -35,6 +36,10 @@ def open_run(
     where = site.load(site_name)
     wanted = job.load(job_file, params, settings)
     decided = plan.resolve(wanted, where, facts.gather(wanted, where, ask_queue=False))
+    if decided.data.version:
+        from ..data.versions import jobs
+
+        decided = jobs.open_on_node(decided)
     root = rundir.runs_root(where, wanted.project)
     job_id = int(os.environ.get("SLURM_JOB_ID", "0") or 0)
     if rundir.restart_of(os.environ):
@@ -110,8 +115,9 @@ def goes_on(run: RunDir, marker: Mapping[str, Any]) -> bool:
     runs is preempted, and would be requeued by Slurm if it had not stopped first.
     """
     plan_data = rundir.read_json(run.plan)
-    if "/" in run.id or plan_data.get("work") in ("comparison", "function"):
-        return False  # a part of a job, which is more than this run
+    is_part = "/" in run.id and rundir.slurm_job_id(run) is None  # of a job that is more than this run
+    if is_part or plan_data.get("work") in ("comparison", "function"):
+        return False
     most = plan_data.get("slurm", {}).get("max_requeues", 0)
     warned = marker["signal"] in ("USR2", "SIGUSR2") and marker["exit_code"] in (STOPPED, 137)
     killed = marker["exit_code"] == 137 and not marker["signal"]
@@ -119,6 +125,22 @@ def goes_on(run: RunDir, marker: Mapping[str, Any]) -> bool:
         return False
     preempted = marker["exit_code"] == STOPPED and marker["signal"] in ("TERM", "SIGTERM") and _still_runs()
     return preempted or (marker["restarts"] < most and (warned or killed))
+
+
+def out_of_time(run: RunDir, marker: dict[str, Any]) -> dict[str, Any]:
+    """Return the marker of a run that was stopped before its time limit and is not to be requeued again.
+
+    One that was warned sooner than Slurm would have done it was stopped by a person.
+    """
+    plan_data, stop = rundir.read_json(run.plan), rundir.read_json(run.stop)
+    most, limit_s = plan_data.get("slurm", {}).get("max_requeues", 0), plan_data.get("time_s", 0)
+    warned = marker["exit_code"] == STOPPED and str(marker["signal"]).endswith("USR2") and "time" in stop
+    if not (most and warned) or stop["time"] - marker["started"] < limit_s - plan.warning_s(limit_s) - _EARLY_S:
+        return marker
+    times = f"the {most} requeues that it may have (max_requeues) are used up"
+    ended = {**marker, "state": "TIMEOUT", "reason": f"{marker['reason']}, just before its time limit; {times}"}
+    rundir.write_json(run.status, ended)
+    return ended
 
 
 def _still_runs() -> bool:
@@ -175,6 +197,7 @@ def main() -> int:
         if os.environ.get("SLURM_JOB_ID") and goes_on(run, marker):
             _requeue(run, marker)
             return 0
+        out_of_time(run, marker)
         from ..tracking import follow  # a submit has no use for it
 
         if delivery := follow.in_job(run):

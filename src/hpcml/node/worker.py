@@ -23,7 +23,7 @@ from ..errors import STOPPED, HpcmlError
 from ..plan import Plan, from_json
 from ..rundir import RunDir
 from ..tracking import provenance
-from . import batch, bootstrap, ending
+from . import batch, bootstrap, ending, staging
 from .beside import beside
 from .watchdog import Watchdog
 
@@ -65,8 +65,11 @@ def run_rank(run: RunDir, plan: Plan) -> int:
             provenance.complete(run, run.code if run.code.is_dir() else Path(plan.project))
         world = ready.topology.world
         dog = Watchdog(run, rank, world, restart, plan.stall_s, lambda text: _keep(log, text.encode()))
-        with beside(run, ready, environment, restart) as hurry:
-            worked, ended = _child(run, plan, {**environment, **ready.variables}, log, rank, dog)
+        with (
+            staging.data(run, plan, ready, restart, lambda text: _say(log, rank, f"hpcml: {text}")) as variables,
+            beside(run, ready, environment, restart) as hurry,
+        ):
+            worked, ended = _child(run, plan, {**environment, **variables}, log, rank, dog)
             code, reason, ended = dog.verdict(*ending.judged(run, plan, rank, restart, worked), ended)
             if code and (dog.reason or not worked):
                 _say(log, rank, f"hpcml: {reason}")

@@ -2,6 +2,6 @@
 
 from .fair import unfair
 from .resolve import resolve
-from .schema import NEVER_CHECKED, NOT_KERAS_3, ONE_PROCESS, Plan, from_json
+from .schema import NEVER_CHECKED, NOT_KERAS_3, ONE_PROCESS, Plan, from_json, warning_s
 
-__all__ = ["NEVER_CHECKED", "NOT_KERAS_3", "ONE_PROCESS", "Plan", "from_json", "resolve", "unfair"]
+__all__ = ["NEVER_CHECKED", "NOT_KERAS_3", "ONE_PROCESS", "Plan", "from_json", "resolve", "unfair", "warning_s"]

@@ -37,6 +37,8 @@ class Plan:
         profile: first and last training step to profile, counted from 1; None for no profile.
         tuning: settings for speed; what is None there is left to its default.
         data: the data set; empty where the work finds its own.
+        data_digest: DVC's hash of its version's listing, 32 hexadecimal digits; empty without a version, and until it is
+            looked up.
         stall_s: seconds without a training step after which a run of several ranks is ended; 0 for never.
         origins: for each dotted key, where its value came from.
     """
@@ -69,6 +71,7 @@ class Plan:
     profile: tuple[int, int] | None = None
     tuning: Tuning = field(default_factory=Tuning)
     data: Data = field(default_factory=Data)
+    data_digest: str = ""
     stall_s: int = 0
 
     @property
@@ -113,4 +116,13 @@ def from_json(data: Mapping[str, Any]) -> Plan:
     values["tuning"] = Tuning(**(data.get("tuning") or {}))
     values["data"] = Data(**(data.get("data") or {}))
     values.setdefault("stall_s", 0)
+    values.setdefault("data_digest", "")
     return Plan(**{f.name: values[f.name] for f in dataclasses.fields(Plan)})
+
+
+def warning_s(time_s: int) -> int:
+    """Return how many seconds before its time limit the ranks of a job that may be requeued are warned, to save and stop.
+
+    Slurm may do it up to 60 s earlier (sbatch(1), --signal).
+    """
+    return min(120, time_s // 2)

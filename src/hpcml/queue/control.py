@@ -10,6 +10,8 @@ from .. import rundir
 from ..errors import HpcmlError, ServiceSilent
 from ..rundir import RunDir
 from ..slurm import commands
+from . import steps
+from .order import children
 from .state import State, state_of
 
 POLL_S = 1.0
@@ -66,11 +68,24 @@ def cancel(run: RunDir) -> State:
     elif submitted.get("array"):
         for index in range(int(submitted["array"])):
             cancel(run.child(str(index)))
+    elif plan.get("work") == "chain" and not rundir.owner_is_alive(run):
+        _cancel_steps(run)
     elif plan.get("work") == "function" or rundir.owner_is_alive(run):
         _end_here(run)
     else:
         raise HpcmlError(f"run {run.id} is not a Slurm job", fix=_by_hand(run))
     return state
+
+
+def _cancel_steps(run: RunDir) -> None:
+    """Cancel what is left of a chain, its last step first: none begins because the one before it has gone."""
+    with contextlib.suppress(OSError):
+        rundir.write_json(run.submitted, {**rundir.read_json(run.submitted), "cancelled": time.time()})
+    for step in reversed(children(run)):
+        if rundir.slurm_job_id(step) is not None:
+            cancel(step)
+        elif not rundir.read_json(step.status).get("final"):
+            steps.note_never(step, "cancelled before its turn")
 
 
 def _by_hand(run: RunDir) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..rundir import RunDir, shown
+from . import steps
 from .order import children
 
 POLL_S = 0.5
@@ -16,9 +17,11 @@ _SAME = 256
 
 
 def log_paths(run: RunDir) -> list[Path]:
-    """Return a run's logs: Slurm's own first, then each rank's by rank; of a comparison those of its variants."""
-    slurm = sorted(run.logs.glob("slurm-*.out"))
-    return slurm + [path for one in (run, *children(run)) for path in rank_logs(one)]
+    """Return a run's logs: Slurm's own first, then each rank's by rank; of a comparison or chain those of its parts."""
+    paths = sorted(run.logs.glob("slurm-*.out")) + rank_logs(run)
+    for child in children(run):
+        paths += [*(sorted(child.logs.glob("slurm-*.out")) if steps.is_chain(run) else ()), *rank_logs(child)]
+    return paths
 
 
 def rank_logs(run: RunDir) -> list[Path]:

@@ -5,9 +5,9 @@ from ..rundir import RunDir
 
 
 def children(run: RunDir) -> list[RunDir]:
-    """Return the runs one level below a run: a comparison's variants in its order, an array's calls by number."""
+    """Return the runs one level below a run: a comparison's variants and a chain's steps in their order, an array's calls by number."""
     plan = rundir.read_json(run.plan)
-    names = plan.get("target", ()) if plan.get("work") == "comparison" else ()
+    names = plan.get("target", ()) if plan.get("work") in ("comparison", "chain") else ()
     order = {name: number for number, name in enumerate(names)}
 
     def place(child: RunDir) -> tuple[int, int, str]:

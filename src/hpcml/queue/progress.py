@@ -17,7 +17,7 @@ _seen: dict[Path, tuple[int, dict[str, Any] | None]] = {}
 def progress(run: RunDir) -> str:
     """Return how far rank 0 is, in words; empty before it said anything in this restart."""
     plan = rundir.read_json(run.plan)
-    if plan.get("work") == "comparison" and rundir.children(run):
+    if plan.get("work") in ("comparison", "chain") and rundir.children(run):
         names = plan["target"]
         number = min(sum(run.child(name).status.exists() for name in names), len(names) - 1)
         return f"[{number + 1}/{len(names)}] {names[number]} · {progress(run.child(names[number]))}".rstrip(" ·")

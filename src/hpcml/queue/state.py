@@ -14,7 +14,7 @@ from ..errors import HpcmlError
 from ..rundir import RunDir
 from ..slurm import commands
 from ..slurm.text import ENDED, WAITING, JobState
-from . import orphan
+from . import orphan, steps
 from .progress import progress
 
 # Slurm acts on a time limit about 10 s late, and its clock is not ours.
@@ -95,12 +95,18 @@ def state_of(run: RunDir, ask: Ask | None = None) -> State:
         )  # fmt: skip
     if submitted.get("array"):
         return _of_array(run, int(submitted["array"]), common, ask)
+    plan = rundir.read_json(run.plan)
+    if plan.get("work") == "chain":
+        return steps.whole(run, plan, common, lambda step: state_of(step, ask))
     if key is None:
-        return _without_slurm(run, common)
+        told = steps.without_job(run, lambda step: state_of(step, ask))
+        return _as_told(told, common) if told else _without_slurm(run, common)
     ask = ask or commands.job_state
-    if rundir.read_json(run.plan).get("work") == "session":
+    if plan.get("work") == "session":
         return _of_session(run, key, common, ask)
     known = ask(key)
+    if told := steps.held_back(run, known, lambda step: state_of(step, ask)):
+        return _as_told(told, common)
     if known is None:
         return _forgotten(run, marker, common)
     if known.ended:
@@ -109,7 +115,7 @@ def state_of(run: RunDir, ask: Ask | None = None) -> State:
         common |= {"progress": "", "started": None, "ended": None, "replicas_in_sync": None}
         _note_wait(run, submitted, known.reason)
         return State(name=known.state, reason=known.reason, source=known.source, expected_start=known.start, **common)
-    if "/" in run.id and "_" not in key:
+    if _is_part(run):
         return _variant(run, marker, common)
     if known.start and known.start > (common["ended"] or 0):  # later than what the marker of an earlier restart says
         common |= {"started": known.start, "ended": None, "replicas_in_sync": None}
@@ -125,6 +131,8 @@ def states_of(runs: Iterable[RunDir]) -> tuple[list[State], HpcmlError | None]:
     markers = [rundir.read_json(run.status) for run in wanted]
     keys = [_key(run, rundir.read_json(run.submitted)) for run in wanted]
     live = [key for key, marker in zip(keys, markers, strict=True) if key and not _is_done(marker)]
+    asking = [run for run, marker in zip(wanted, markers, strict=True) if not marker.get("final")]
+    live += [key for run in steps.beside(asking) if (key := _key(run, rundir.read_json(run.submitted)))]
     silence: HpcmlError | None = None
     known: dict[str, JobState] = {}
     try:
@@ -184,7 +192,16 @@ def _is_queued_again(run: RunDir, marker: dict[str, Any], key: str | None, ask: 
         return False
     # Its restart's first rank removes the marker; a variant of a comparison waits for its turn until then.
     again = known.restarts is not None and known.restarts > (marker.get("restarts") or 0)
-    return known.waiting or (again and "/" not in run.id)
+    return known.waiting or (again and not _is_part(run))
+
+
+def _is_part(run: RunDir) -> bool:
+    """Whether a run is a part of another's job, as a variant is; a step of a chain and a call of an array have their own."""
+    return "/" in run.id and rundir.slurm_job_id(run) is None
+
+
+def _as_told(told: tuple[str, str], common: dict[str, Any]) -> State:
+    return State(name=told[0], reason=told[1], source="hpcml", **common)
 
 
 def _of_session(run: RunDir, key: str, common: dict[str, Any], ask: Ask) -> State:

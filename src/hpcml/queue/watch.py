@@ -93,8 +93,8 @@ class Watcher:
 
     @property
     def is_comparison(self) -> bool:
-        """Whether the run is a comparison's parent."""
-        return self.plan.get("work") == "comparison"
+        """Whether the runs below are few and of different kinds: a comparison's variants, a chain's steps."""
+        return self.plan.get("work") in ("comparison", "chain")
 
     def runs(self) -> list[RunDir]:
         """Return the runs whose states ``look`` wants: this one, then those below it."""

@@ -61,8 +61,10 @@ def ensure(run: RunDir, *, state: str = "", reason: str = "", wait: bool = True)
         The report's path; None where there is none (yet).
     """
     with contextlib.suppress(Exception):  # at the end of a run nothing may fail any more
-        is_comparison = rundir.read_json(run.plan).get("work") == "comparison"
-        variants = rundir.children(run) if is_comparison else []
+        work = rundir.read_json(run.plan).get("work")
+        if work == "action":  # the chain's report tells what it did
+            return None
+        variants = rundir.children(run) if work == "comparison" else []
         due = [one.id for one in variants if is_due(one)] + ([run.id] if is_due(run) else [])
         if due:
             words = [sys.executable, "-P", "-m", "hpcml.report", str(run.root), *due]

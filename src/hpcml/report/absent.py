@@ -7,8 +7,8 @@ if TYPE_CHECKING:
 
 
 def missing(report: "Report") -> tuple[str, ...]:
-    """Return what could not be told, in words; nothing for a comparison, whose variants have a report each."""
-    if report.comparison:
+    """Return what could not be told, in words; nothing where the runs below have a report each."""
+    if report.comparison or report.steps:
         return ()
     told = []
     if not report.telemetry:

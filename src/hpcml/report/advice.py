@@ -44,7 +44,7 @@ def advice(report: Report) -> list[Advice]:
     A rehearsal is told nothing: it says which run is no measure for the one on GPUs (``REHEARSED``).
     A run that did not complete may have ended before its peak, so only what it lacked is told of it.
     """
-    if report.comparison or report.usage.rehearsal:
+    if report.comparison or report.steps or report.usage.rehearsal:
         return []
     if not report.outcome.completed:
         return list(_lacked(report))

@@ -140,13 +140,15 @@ def lead(report: Report) -> list[str]:
         words.append(f"strategy {report.measured.strategy}")
     if report.comparison:
         words = [f"Comparison of {', '.join(row.measured.name for row in report.comparison.rows)}"]
+    if report.steps:
+        words = [f"Chain of {', '.join(step.name for step in report.steps)}"]
     place = [f"site {plan.site}"] if plan else []
     if report.hosts:
         shown = ", ".join(report.hosts[:4]) + (f" and {len(report.hosts) - 4} more" if len(report.hosts) > 4 else "")
         place.append(f"on {shown}")
     if plan:
         nodes, tasks = _count(plan.nodes, "node"), _count(plan.tasks, "task")
-        of = "" if report.comparison else f", {tasks} of {_count(plan.cpus_per_task, 'core')}"
+        of = "" if report.comparison or report.steps else f", {tasks} of {_count(plan.cpus_per_task, 'core')}"
         place.append(nodes + of)
     names = list(dict.fromkeys(gpu.name for gpu in report.gpus if gpu.name))
     if names:

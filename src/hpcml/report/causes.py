@@ -49,6 +49,8 @@ def _line(words: str, what: str, fix: str) -> _Pattern:
 
 
 # The first that matches any of the last lines counts, so what is a cause goes before what only follows from it.
+# Of the ranks that are left, when another one has died.
+_LOST_PEER, _NO_NCCL = "a rank lost its connection to another one", "GPUs could not talk to each other (NCCL)"
 _LINES = (
     _line(
         r"CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY|ResourceExhaustedError|OOM when allocating|torch\.OutOfMemoryError"
@@ -102,13 +104,13 @@ _LINES = (
     ),
     _line(
         r"NCCL (error|WARN)|ncclSystemError|ncclUnhandledCudaError|ncclInternalError|ncclRemoteError|Watchdog caught collective",
-        "GPUs could not talk to each other (NCCL)",
+        _NO_NCCL,
         "see which rank failed first; NCCL_DEBUG=INFO in [env.vars] shows why, NCCL_SOCKET_IFNAME picks the network",
     ),
     _line(
         r"UnavailableError|Socket closed|Connection reset by peer|failed to connect to all addresses|DEADLINE_EXCEEDED"
         r"|CoordinationService|heartbeat timeout|Connection refused",
-        "a rank lost its connection to another one",
+        _LOST_PEER,
         "another rank most likely failed first: hpcml logs shows all of them",
     ),
     _line(
@@ -213,7 +215,10 @@ def likely_cause(report: Report) -> Cause | None:
         return None
     if report.failed:
         return _of_variant(report.failed[0])
-    cause = _of_end(report) or _of_words(report) or _of_code(report)
+    words, code = _of_words(report), _of_code(report)
+    if words and words.what in (_LOST_PEER, _NO_NCCL) and report.outcome.exit_code in _SIGNALS:
+        words = None  # what the others say of the rank that a signal ended
+    cause = _of_end(report) or words or code
     if cause is None or report.resume_step is None:
         return cause
     return dataclasses.replace(cause, fix=f"{resumable.in_words(report.id, report.resume_step)}; or {cause.fix}")
@@ -225,7 +230,7 @@ def _of_end(report: Report) -> Cause | None:
     if outcome.state not in _STATES:
         return None
     what, fix = _STATES[outcome.state]
-    if outcome.exit_code == STOPPED:
+    if outcome.exit_code == STOPPED and outcome.state == "CANCELLED":
         what, fix = _STOPPED
     elif "launcher was killed" in outcome.reason:
         what, fix = _LAUNCHER_KILLED
@@ -268,7 +273,8 @@ def _of_code(report: Report) -> Cause | None:
     outcome, code = report.outcome, report.outcome.exit_code
     if code in _SIGNALS or code == 127:
         what, fix = _NO_COMMAND if code == 127 else _SIGNALS[code]
-        return Cause(what, f"exit code {code}", fix)
+        whose = f" of rank {outcome.failed_rank}" if outcome.failed_rank is not None and report.ranks > 1 else ""
+        return Cause(what, f"exit code {code}{whose}", fix)
     if outcome.state == "UNKNOWN":
         return Cause(
             "its process ended without a word: killed, or its node was lost",

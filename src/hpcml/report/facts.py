@@ -12,7 +12,7 @@ from .. import plan as plans
 from .. import rundir
 from ..rundir import RunDir, read_json
 from ..tracking import journal
-from . import absent, logs, records, resumable, variants
+from . import absent, chain, logs, records, resumable, variants
 from .comparison import ONGOING, Comparison, compare
 from .measured import Measured, measure, plan_of
 from .records import Records
@@ -114,6 +114,7 @@ class Report:
         left_out: metrics whose values were no numbers, and how often.
         resume_step: the step of the checkpoint that ``hpcml resume`` lets it go on from; None where it can't.
         missing: what could not be told, and why, in words.
+        steps: of a chain; nothing for others.
     """
 
     id: str
@@ -147,6 +148,7 @@ class Report:
     missing: tuple[str, ...]
     failed: tuple["Report", ...] = ()
     resume_step: int | None = None
+    steps: tuple[chain.Step, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as plain JSON data; what JSON has no number for is ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
@@ -211,6 +213,7 @@ def collect(
         missing=(),
         failed=failed,
         resume_step=resumable.step_to_resume(run, outcome.state, outcome.exit_code),
+        steps=chain.steps(run, raw_plan),
     )
     return dataclasses.replace(report, missing=absent.missing(report))
 

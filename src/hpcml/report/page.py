@@ -115,7 +115,7 @@ def _breakable(text: str) -> Any:
 def _advice(report: Report) -> list[Block]:
     items = [_item(one) for one in advice(report)]
     notes: tuple[str, ...] = ()
-    if not items and report.outcome.completed and not report.comparison:
+    if not items and report.outcome.completed and not (report.comparison or report.steps):
         if report.usage.rehearsal:
             notes = (REHEARSED,)
         elif report.telemetry:
@@ -133,9 +133,9 @@ def _sections(report: Report, pictures: "Sequence[Picture]", markup: Any) -> lis
     titles, said = {p.name: p.title for p in pictures}, {p.name: p.notes for p in pictures}
     made = {"comparison": tables.comparison(report), "usage": tables.usage(report), "gpus": tables.gpus(report)}
     made |= {"split": tables.split(report), "epochs": tables.epochs(report)}
-    made |= {"single": tables.single(report)}
+    made |= {"single": tables.single(report), "steps": tables.steps(report)}
     sections = []
-    for name in ("comparison", "training", "single", "machine", "split", "usage", "gpus", "epochs"):
+    for name in ("comparison", "steps", "training", "single", "machine", "split", "usage", "gpus", "epochs"):
         table, picture = made.get(name), drawn.get(name)
         if table or picture:
             title = table.title if table else titles[name]

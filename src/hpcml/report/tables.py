@@ -54,9 +54,18 @@ def comparison(report: Report) -> Table | None:
     return _table("comparison", title, head, rows, [*report.comparison.notes, *remarks(report.comparison)])
 
 
+def steps(report: Report) -> Table | None:
+    """Return the steps of a chain; None for any other run."""
+    rows = [
+        [one.name, one.state, one.text, MISSING if one.elapsed_s is None else seconds_text(one.elapsed_s)]
+        for one in report.steps
+    ]
+    return _table("steps", "Steps", ["Step", "State", "", "Time"], rows, left=3)
+
+
 def usage(report: Report) -> Table | None:
-    """Return what was asked for beside what was used; None for a comparison, whose variants have one each."""
-    if report.comparison:
+    """Return what was asked for beside what was used; None where the runs below have one each."""
+    if report.comparison or report.steps:
         return None
     found = uses(report)
     rows = [[use.what, use.asked, use.used, percent(use.share)] for use in found]

@@ -47,6 +47,9 @@ def text(report: Report, console: "Console") -> None:
         console.print(Padding(comparison.table(report.comparison), (0, 0, 0, 2)))
         for note in report.comparison.notes:
             console.print(Padding(Text(note), (0, 0, 0, 2)))
+    elif made := tables.steps(report):
+        _heading(console, made.title)
+        _rows(console, [[cell.text for cell in row] for row in made.rows], right=3)
     else:
         _heading(console, "Requested against used")
         used = [[use.what, use.asked, use.used, percent(use.share)] for use in uses(report)]
@@ -65,7 +68,7 @@ def text(report: Report, console: "Console") -> None:
             console.print(Padding(Text(one.evidence, "dim"), (0, 0, 0, 4)))
             for line in one.lines:
                 console.print(Padding(Text(line, "cyan"), (0, 0, 0, 4)))
-    if report.usage.rehearsal and not report.comparison and outcome.completed:
+    if report.usage.rehearsal and not (report.comparison or report.steps) and outcome.completed:
         _heading(console, "What to ask for next time")
         console.print(Padding(Text(REHEARSED), (0, 0, 0, 2)))
     for title, lines in (("Warnings", _warnings(report)), ("Not recorded", report.missing)):

@@ -41,7 +41,7 @@ def begin(run: RunDir, plan: Plan) -> Callable[[], None]:
         try:
             found = (code or ask(project))()
             told = {name: value for name, value in vars(found).items() if name != "patch"}
-            write_json(run.provenance, {"code": told, "data": data_versions(project)})
+            write_json(run.provenance, {"code": told, "data": _data(plan, project)})
             if found.patch:
                 write_bytes(run.patch, found.patch)
         except Exception as error:
@@ -122,6 +122,16 @@ def data_versions(project: Path) -> dict[str, str]:
             hashed = _first(pointer, r"^\s*-?\s*((?:md5|etag):\s*\S+)")
             found |= {str(out): hashed.replace(" ", "")} if hashed else {}
     return found
+
+
+def _data(plan: Plan, project: Path) -> dict[str, str]:
+    """Data sets with DVC's hashes: of those in the work tree, but of the job's own that of the version it asks for."""
+    found = data_versions(project)
+    if not plan.data.version:
+        return found
+    name = os.path.basename(os.path.normpath(str(plan.data.source)))
+    others = {path: digest for path, digest in found.items() if os.path.basename(path) != name}
+    return {"version": plan.data.version, name: f"md5:{plan.data_digest}.dir" if plan.data_digest else "", **others}
 
 
 def _gpus() -> list[dict[str, str]]:

@@ -127,7 +127,8 @@ def known(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def tags(plan: Mapping[str, Any], state: str, job_id: int | None, said: Said) -> dict[str, Any]:
     """Return the tags of a run, where each value of its plan came from among them; the work's own win over all but ``OURS``."""
-    compares = plan.get("work") == "comparison"  # its variants have a device and a strategy each
+    # The runs below have a device and a strategy each; an action trains on none.
+    compares = plan.get("work") in ("comparison", "chain", "action")
     ours = {
         "Training device": None if compares else device(plan, said),
         "Phase": "train",

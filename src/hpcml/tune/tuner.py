@@ -1,6 +1,7 @@
 """One tuning from beginning to end: what can be refused is refused first, then trials, then what came of them."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ SECONDS = 4.0
 BUDGET_S = 600.0
 # A trial may take so many times what the job as it is took, and half a minute: a bad point must not eat the budget.
 PATIENCE, PATIENCE_S = 3.0, 30.0
+_A_SEARCH = 10  # trials that a person told of a too small budget should have time for
 _BEGINS = re.compile(r"\bhpcml\b")
 
 
@@ -170,6 +172,13 @@ class Tuner:
         start = space.start_of(self.plan, pace.facts, pace.replicas, pace.steps, pace.step_s)
         gpus = [gpu for gpu in str(pace.facts.get("gpus") or "").split(",") if gpu]
         precisions = space.precisions_of(device.capability(gpus), "" if gpus else device.cpu_flags())
+        if not gpus and "precision" not in self.wanted.only:
+            precisions = ()  # what a CPU gains by it says nothing of a GPU, and the accuracy may change
+        if self.plan.gpus_per_node and not gpus:
+            self.result.notes.append(
+                f"measured on {start.cores} cores without a GPU, and the job asks for {self.plan.gpus_per_node}: "
+                "tune it again in an allocation before it runs there"
+            )
         axes = space.axes(start, only=self.wanted.only, batch=self.wanted.batch, precisions=precisions)
         self._note(start, axes)
         if not axes:
@@ -191,7 +200,11 @@ class Tuner:
         self.result.found = searching.found
         searching.run()
         if searching.found.out_of_time:
-            self.result.notes.append(f"the budget of {self.wanted.budget_s:.0f} s ended the search")
+            told = f"the budget of {self.wanted.budget_s:.0f} s ended the search"
+            if len(searching.found.trials) == 1:
+                enough = math.ceil((_A_SEARCH * first.wall_s + 2 * more_s) / 60)
+                told += f" before a second trial: one takes {first.wall_s:.0f} s here, so --budget {enough} (minutes) or more"
+            self.result.notes.append(told)
         for name in {"global_batch", "precision"} & set(self.result.changes):
             self.result.notes.append(
                 f"{name} changes what is learned: look at the accuracy too, and at the learning rate"
