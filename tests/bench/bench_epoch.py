@@ -3,18 +3,17 @@
     scripts/bench epoch [--quick]
 
 Data sets are made for it: 60,000 files of 784 bytes, as MNIST's digits, and 3,000 JPEGs of 320 × 240, as the flowers.
-Each side runs whole epochs, from the first call to the last batch; reading goes through ``hpcml.data.open`` with its own settings.
+Each side runs three epochs, from the first call to the last batch; reading goes through ``hpcml.data.open`` with its own settings.
 """
 
 import argparse
-import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ DIGITS, JPEGS, CLASSES = 60_000, 3_000, 10
 SIDE = 28
 IMAGE_SIZE, BATCH = 180, 128
 SEED = 20
-ORDERS = 3  # of a side whose order follows from the number of the epoch
+EPOCHS = 3  # that are measured at once: a training sets its pipeline up once for many
 SLOW = pairs.Bound(5, at_least=True, pairs=4)
 WARM = pairs.Bound(1.0, at_least=True, pairs=8)
 ARRAYS = pairs.Bound(0.8, at_least=True, pairs=8)
@@ -67,24 +66,36 @@ def make_photographs(folder: Path, count: int) -> None:
     shards.pack(folder / "photographs", folder / "photographs.packed", say=lambda text: None)
 
 
-def speed(epochs: Sequence[Iterable[tuple[Any, Any]]], samples: int) -> Callable[[], float]:
-    """Return what measures the next epoch of a side, in samples/s; the first one, which warms up, doesn't count.
+def speed(epochs: Iterable[tuple[Any, Any]], samples: int) -> Callable[[], float]:
+    """Return what measures some epochs of a side, in samples/s; the first time, which warms up, doesn't count.
 
     Args:
-        epochs: their batches, taken in turn; each is gone through anew, so that nothing was made ready before its turn.
+        epochs: the batches of ``EPOCHS``; gone through anew each time, so that nothing was made ready before.
     """
-    turns, whole = itertools.cycle(epochs), samples // BATCH * BATCH
+    whole = samples // BATCH * BATCH * EPOCHS
 
     def measured() -> float:
-        epoch = next(turns)
         began = time.perf_counter()
-        count = sum(int(label.shape[0]) for _, label in epoch)
+        count = sum(int(label.shape[0]) for _, label in epochs)
         if count != whole:
-            raise RuntimeError(f"an epoch of {count} samples instead of {whole}")
+            raise RuntimeError(f"{EPOCHS} epochs of {count} samples instead of {whole}")
         return count / (time.perf_counter() - began)
 
     measured()
     return measured
+
+
+class Repeated:
+    """The epochs of a DataLoader."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in range(EPOCHS):
+            if hasattr(self._loader.sampler, "set_epoch"):
+                self._loader.sampler.set_epoch(epoch)
+            yield from self._loader
 
 
 def slowly(side: Callable[[], float], under: Path) -> Callable[[], float]:
@@ -100,12 +111,12 @@ def slowly(side: Callable[[], float], under: Path) -> Callable[[], float]:
     return measured
 
 
-def of(samples: Any, **how: Any) -> list[Any]:
-    """Some epochs of a collection, in TensorFlow."""
-    return [samples.tensorflow(BATCH, seed=SEED, epochs=[epoch], **how) for epoch in range(ORDERS)]
+def of(samples: Any, **how: Any) -> Any:
+    """The epochs of a collection, in TensorFlow."""
+    return samples.tensorflow(BATCH, seed=SEED, epochs=range(EPOCHS), **how)
 
 
-def by_hand(samples: Any) -> list[Any]:
+def by_hand(samples: Any) -> Any:
     """The epochs of single images as TensorFlow's guide loads them, decoded in the same way."""
     import tensorflow as tf
 
@@ -117,27 +128,24 @@ def by_hand(samples: Any) -> list[Any]:
 
     order = tf.data.Dataset.from_tensor_slices((paths, samples.labels)).shuffle(len(paths), seed=SEED)
     decoded = order.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
-    return [decoded.batch(BATCH, drop_remainder=True).prefetch(tf.data.AUTOTUNE)]
+    return decoded.batch(BATCH, drop_remainder=True).repeat(EPOCHS).prefetch(tf.data.AUTOTUNE)
 
 
-def in_memory(samples: Any) -> list[Any]:
+def in_memory(samples: Any) -> Any:
     """The epochs of the same samples as arrays, in TensorFlow."""
     import tensorflow as tf
 
     x = samples.gather(range(len(samples))).reshape(-1, SIDE, SIDE, 1)
     order = tf.data.Dataset.from_tensor_slices((x, samples.labels)).shuffle(len(samples), seed=SEED)
-    return [order.batch(BATCH, drop_remainder=True).prefetch(tf.data.AUTOTUNE)]
+    return order.batch(BATCH, drop_remainder=True).repeat(EPOCHS).prefetch(tf.data.AUTOTUNE)
 
 
-def for_torch(samples: Any) -> list[Any]:
+def for_torch(samples: Any) -> Repeated:
     """The epochs of a collection, in torch."""
-    loaders = [samples.torch(BATCH, raw=(SIDE, SIDE, 1), seed=SEED) for _ in range(ORDERS)]
-    for epoch, loader in enumerate(loaders):
-        loader.sampler.set_epoch(epoch)
-    return loaders
+    return Repeated(samples.torch(BATCH, raw=(SIDE, SIDE, 1), seed=SEED))
 
 
-def tensors(samples: Any, *, by_batch: bool) -> list[Any]:
+def tensors(samples: Any, *, by_batch: bool) -> Repeated:
     """The epochs of the same samples as tensors in memory: by sample as usual, or indexed by whole batches."""
     import torch
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -145,19 +153,20 @@ def tensors(samples: Any, *, by_batch: bool) -> list[Any]:
     x = torch.from_numpy(samples.gather(range(len(samples))).reshape(-1, SIDE, SIDE, 1))
     held = TensorDataset(x, torch.from_numpy(samples.labels))
     if by_batch:
-        return [DataLoader(held, batch_size=None, sampler=BatchSampler(RandomSampler(held), BATCH, drop_last=True))]
-    return [DataLoader(held, batch_size=BATCH, shuffle=True, drop_last=True)]
+        sampler = BatchSampler(RandomSampler(held), BATCH, drop_last=True)
+        return Repeated(DataLoader(held, batch_size=None, sampler=sampler))
+    return Repeated(DataLoader(held, batch_size=BATCH, shuffle=True, drop_last=True))
 
 
 def opens(folder: Path, packed: str) -> tuple[int, int]:
-    """Return how many times three epochs in a process of their own open shards, by strace, and how many shards there are."""
+    """Return how many times six epochs in a process of their own open shards, by strace, and how many shards there are."""
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "log"
         words = ["strace", "-f", "-qq", "-e", "trace=open,openat", "-o", str(log)]
         code = (
             "import sys; from bench import bench_epoch as b; import hpcml.data as d\n"
             "samples = d.open(sys.argv[1], suffixes=b.RAW)\n"
-            "side = b.speed(b.of(samples, raw=(b.SIDE, b.SIDE, 1)), len(samples)); side(), side()\n"
+            "side = b.speed(b.of(samples, raw=(b.SIDE, b.SIDE, 1)), len(samples)); side()\n"
         )
         subprocess.run(
             [*words, sys.executable, "-c", code, str(folder / packed)], check=True, stderr=subprocess.DEVNULL
@@ -216,7 +225,7 @@ def figures(folder: Path, quick: bool) -> Iterable[pairs.Figure]:
         yield figure(name, ("shards", "in memory"), ARRAYS, f"{digits}; against {how}.", *sides)
     if shutil.which("strace"):
         opened, there = opens(folder, "digits.packed")
-        what = f"Opens of shards in three epochs of {count:,} samples, by strace; against the number of shards."
+        what = f"Opens of shards in six epochs of {count:,} samples, by strace; against the number of shards."
         yield pairs.Figure("opens", what, ("opened", "shards"), "files", [pairs.Pair(opened, there, True)], OPENS)
 
 
