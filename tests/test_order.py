@@ -30,6 +30,7 @@ def ranks_of(order: dict[str, Any]) -> list[Order]:
     return [Order(rank=rank, **order) for rank in range(order["world"])]
 
 
+@hypothesis.settings(deadline=None)  # a busy machine is no failure
 @hypothesis.given(orders, epochs)
 def test_each_sample_once_over_all_ranks(order: dict[str, Any], epoch: int) -> None:
     rows = np.concatenate([one.part(epoch) for one in ranks_of(order)])
@@ -39,6 +40,7 @@ def test_each_sample_once_over_all_ranks(order: dict[str, Any], epoch: int) -> N
     assert set(rows.tolist()) <= set(range(order["count"]))
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(orders, epochs)
 def test_a_batch_is_the_same_for_any_number_of_ranks(order: dict[str, Any], epoch: int) -> None:
     alone = list(Order(**{**order, "world": 1}).batches(epoch))
@@ -48,6 +50,7 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(order: dict[str, Any], epoc
         assert np.concatenate(parts).tolist() == whole.tolist(), "in contiguous parts, by rank"
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(orders, epochs, st.integers(0, 20))
 def test_an_epoch_goes_on_at_a_step_as_if_it_had_not_stopped(order: dict[str, Any], epoch: int, step: int) -> None:
     for one in ranks_of(order):
@@ -55,6 +58,7 @@ def test_an_epoch_goes_on_at_a_step_as_if_it_had_not_stopped(order: dict[str, An
         assert one.part(epoch, step).tolist() == [row for batch in one.batches(epoch, step) for row in batch]
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(orders, epochs)
 def test_what_it_says_of_its_sizes_is_so(order: dict[str, Any], epoch: int) -> None:
     for one in ranks_of(order):

@@ -260,6 +260,7 @@ def test_the_key_is_nowhere_but_in_a_private_file(told: Story, tmp_path: Path) -
         ("s3://bench/x", ["--endpoint", "host:9000"], "'host:9000' is no address of a server"),
         ("../store", ["--endpoint", "http://host"], "--endpoint is about S3"),
     ],
+    ids=["unknown scheme", "key in it", "key in the endpoint", "no endpoint", "endpoint of a folder"],
 )
 def test_an_address_that_is_none_is_refused(told: Story, url: str, options: list[str], says: str) -> None:
     before = (told.work / ".dvc" / "config").read_text()
