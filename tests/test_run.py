@@ -68,6 +68,12 @@ def test_an_exception_that_nobody_caught_is_a_failure(folder: Path) -> None:
     assert done.returncode == 1
 
 
+def test_ctrl_c_is_no_failure(folder: Path) -> None:
+    python(folder, "import hpcml\nhpcml.begin()\nraise KeyboardInterrupt\n")
+    (marker,) = markers(folder)
+    assert (marker["state"], marker["reason"], marker["final"]) == ("CANCELLED", "interrupted", True)
+
+
 def test_a_strategy_that_nothing_checked_is_a_failure(folder: Path) -> None:
     body = "import sys, types, hpcml, hpcml.training.tensorflow as t\nt.configure = lambda *a, **k: []\n"
     python(folder, body + "hpcml.begin(strategy='mirrored')\n")

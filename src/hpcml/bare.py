@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import rundir
 from . import site as sites
+from .errors import INTERRUPTED
 from .job import project_of
 from .node import batch, beside, bootstrap, session
 from .node.topology import Topology
@@ -113,6 +114,9 @@ def _mark(held: Session, code: int, reason: str, untold: int) -> None:
         return
     missing = _wait_for_others(run, held.ready.topology, held.restart)
     marker = batch.close_run(run, code)
+    if code == INTERRUPTED:
+        marker |= {"state": "CANCELLED"}
+        rundir.write_json(run.status, marker)
     if missing:
         text = f"rank {missing[0]} gave no end marker within {OTHERS_S} s of rank 0's"
         marker |= {"state": "FAILED", "exit_code": 1, "reason": marker["reason"] or text}

@@ -9,7 +9,7 @@ import os
 import sys
 
 from . import bare, rundir
-from .errors import HpcmlError
+from .errors import INTERRUPTED, HpcmlError
 from .job import STRATEGIES
 from .node import batch, bootstrap, exits, plainly
 from .plan import from_json
@@ -146,6 +146,9 @@ def _finish_at_exit(run: Run, before: BaseException | None, pid: int) -> None:
     if run.finished or pid != os.getpid():  # a forked child's end is not the run's
         return
     error = getattr(sys, "last_value", None)
+    if isinstance(error, KeyboardInterrupt) and error is not before:
+        run.end("CANCELLED", "interrupted", INTERRUPTED)
+        return
     if error is not None and error is not before:
         run.finish("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
         return

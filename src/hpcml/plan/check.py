@@ -61,15 +61,17 @@ def _shape(job: Job, asked: Resources, facts: Facts) -> list[Problem]:
                 NOT_KERAS_3[job.strategy],
                 job.origins.get("keras", "keras"),
                 'keras = "legacy" (tf-keras)',
-                "set keras only in the base job that the variants share",
+                "leave keras out, in the base job too; variants that are compared have one Keras",
             )
         )
     if asked.gpus_per_node and asked.gpus_per_node % asked.tasks_per_node:
         problems.append(
             Problem(
-                f"{asked.gpus_per_node} GPUs can't be shared evenly by {asked.tasks_per_node} tasks on a node",
+                f"{asked.gpus_per_node} GPU{'s' * (asked.gpus_per_node > 1)} can't be shared evenly by "
+                f"{asked.tasks_per_node} tasks on a node",
                 job.origins.get("resources.gpus_per_node", "resources.gpus_per_node"),
                 "a multiple of tasks_per_node",
+                f"tasks_per_node = {asked.gpus_per_node} has one GPU for each",
             )
         )
     if facts.gpus and asked.tasks_per_node > 1 and facts.gpus < asked.gpus_per_node:
