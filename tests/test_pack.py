@@ -615,26 +615,26 @@ def test_reading_in_any_order(digits: Path, packed: Path) -> None:
 
 def test_files_are_opened_once_each_and_closed(packed: Path) -> None:
     shards = Shards(packed)
-    assert held() == 0
+    assert held(packed) == 0
     for _ in range(3):
         shards.read(range(len(shards)))
         shards.gather([shards.row("a/001.bin")])
-    assert held() == shards.count == mapped()
+    assert held(packed) == shards.count == mapped(packed)
     del shards
-    assert held() == mapped() == 0
+    assert held(packed) == mapped(packed) == 0
 
 
-def mapped() -> int:
-    """How many mappings of shards this process has."""
-    return Path("/proc/self/maps").read_text().count("/shard-")
+def mapped(packed: Path) -> int:
+    """How many mappings of a set's shards this process has."""
+    return Path("/proc/self/maps").read_text().count(f"{packed}/shard-")
 
 
-def held() -> int:
-    """How many shards this process has open."""
+def held(packed: Path) -> int:
+    """How many of a set's shards this process has open."""
     count = 0
     for fd in os.listdir("/proc/self/fd"):
         try:
-            count += "/shard-" in os.readlink(f"/proc/self/fd/{fd}")
+            count += f"{packed}/shard-" in os.readlink(f"/proc/self/fd/{fd}")
         except FileNotFoundError:  # the listing's own
             continue
     return count

@@ -28,6 +28,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in scratch.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "disk").mkdir()
+    (tmp_path / "disk").chmod(0o755)  # whatever the umask is
     monkeypatch.setenv("LOCALSCRATCH", str(tmp_path / "disk"))
     yield tmp_path / "disk"
     for job in list(jobfolder._held):
@@ -90,7 +91,7 @@ def test_a_set_is_copied_whole_verified_and_not_twice(flowers: Path, disk: Path)
     again, said = place(flowers, "always")
     assert (again, (path / "roses" / "3.jpg").stat().st_ino) == (path, inode)
     assert "verified before" in said
-    assert disk.stat().st_mode & 0o777 != 0o700 and (disk / f"hpcml-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+    assert disk.stat().st_mode & 0o777 == 0o755 and (disk / f"hpcml-{os.getuid()}").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_changed_set_is_copied_anew_and_the_old_copy_goes(flowers: Path) -> None:
