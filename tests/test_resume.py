@@ -77,7 +77,7 @@ def test_without_progress_or_too_often_it_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("after_s", "requeues", "state"),
-    [(1680, 2, "TIMEOUT"), (1620, 2, "TIMEOUT"), (60, 2, "CANCELLED"), (1680, 0, "CANCELLED")],
+    [(1680, 2, "TIMEOUT"), (1620, 2, "TIMEOUT"), (60, 2, "CANCELLED"), (1680, 0, "CANCELLED"), (1680, 3, "CANCELLED")],
 )
 def test_a_run_whose_requeues_are_used_up_says_so(tmp_path: Path, after_s: int, requeues: int, state: str) -> None:
     run = a_run(tmp_path, requeues=requeues, time_s=1800)

@@ -135,7 +135,9 @@ def out_of_time(run: RunDir, marker: dict[str, Any]) -> dict[str, Any]:
     plan_data, stop = rundir.read_json(run.plan), rundir.read_json(run.stop)
     most, limit_s = plan_data.get("slurm", {}).get("max_requeues", 0), plan_data.get("time_s", 0)
     warned = marker["exit_code"] == STOPPED and str(marker["signal"]).endswith("USR2") and "time" in stop
-    if not (most and warned) or stop["time"] - marker["started"] < limit_s - plan.warning_s(limit_s) - _EARLY_S:
+    if not warned or not 0 < most <= marker["restarts"]:  # another reason keeps it out of the queue
+        return marker
+    if stop["time"] - marker["started"] < limit_s - plan.warning_s(limit_s) - _EARLY_S:
         return marker
     times = f"the {most} requeues that it may have (max_requeues) are used up"
     ended = {**marker, "state": "TIMEOUT", "reason": f"{marker['reason']}, just before its time limit; {times}"}
