@@ -104,7 +104,8 @@ class Story:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """Tell the story up to a fresh clone, with nothing pulled yet."""
-    from hpcml.data.fetch.digits import offline_digits, write_images
+    from hpcml.data import offline_digits
+    from hpcml.data.fetch.digits import write_images
 
     pictures, labels = offline_digits()
     rows = [np.flatnonzero(labels == digit) for digit in range(10)]

